@@ -1,0 +1,63 @@
+# One command for each intention, the same for people and CI. Everything is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO := proto/narses/rpc/v1/parameter_server.proto
+LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11
+
+.PHONY: help setup demo test check fix e2e proto bench wheel lock clean
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## install everything into .venv (downloads about 3 GB once, most of it PyTorch's CUDA libraries)
+
+# --compile-bytecode: the five processes of the demo would otherwise all compile PyTorch at their first start
+$(VENV)/.ready: requirements/dev.txt requirements/uv.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Narses needs Python >= 3.11; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup ## train with liars among the workers, over real gRPC, in under two minutes
+	$(BIN)/narses demo
+
+test: setup ## every test that needs nothing but this machine
+	$(BIN)/python -m pytest -q
+
+e2e: setup ## only the tests that start the real console scripts
+	$(BIN)/python -m pytest -q -m e2e
+
+check: setup ## lint, types, import direction, generated code, sample configurations
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python bench/check_proto.py
+	@for role in server worker adversary proxy; do ./deploy/config/check $(BIN) $$role || exit 1; done
+	@if command -v npx >/dev/null && [ -x node_modules/.bin/buf ]; then node_modules/.bin/buf lint proto; \
+	 else echo "buf lint skipped: run 'npm install' where node is present"; fi
+
+fix: setup ## let the linters repair what they can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: setup ## regenerate the committed gRPC messages
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=core --pyi_out=core $(PROTO)
+
+bench: setup ## measure throughput, rounds per second and memory; prints where the results are written
+	$(BIN)/python -m bench
+
+wheel: setup ## build dist/narses-*.whl
+	$(BIN)/uv build --quiet --wheel --no-build-isolation --python $(BIN)/python
+
+lock: setup ## re-resolve requirements/*.txt from pyproject.toml
+	$(LOCK) pyproject.toml --group dev -o requirements/dev.txt
+	sed 's/ \\$$//;/--hash/d;/^ *#/d' requirements/dev.txt | $(LOCK) pyproject.toml -c - --no-annotate -o requirements/run.txt
+	echo 'uv>=0.9' | $(LOCK) --no-annotate - -o requirements/uv.txt
+
+clean: ## remove what was installed, built and measured here
+	rm -rf $(VENV) dist narses-out node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,28 @@
+"""Narses: Byzantine-robust aggregation, and what the processes of the parameter server share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from narses.rules import Aggregation, Rule, make
+from narses.updates import Updates
+
+__all__ = ["Aggregation", "Updates", "__version__", "aggregate"]
+
+__version__ = "0.1.0"
+
+
+def aggregate(rule: str | Mapping[str, Any] | Rule, updates_ND: object, f: int) -> Aggregation:
+    """Combine the rows of `updates_ND` by `rule`, which tolerates f Byzantine rows.
+
+    rule: a registry name ("median"), a table ({"name": "bulyan", "p": 1}) or a Rule.
+    updates_ND: a tensor, numpy array or list of rows, shape (N, D), float32 or float64 and finite; never written to.
+    Raises ConfigError for a wrong rule; InputError for wrong updates, or fewer of them than the rule needs for this f.
+
+    >>> narses.aggregate("median", [[-0.1], [0.1], [0.3], [-4.0], [-2.0]], f=2).vector_D
+    tensor([-0.1000])
+    """
+    made = make(rule)
+    updates = updates_ND if isinstance(updates_ND, Updates) else Updates.of(updates_ND)
+    return made(updates, f)

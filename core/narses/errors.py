@@ -1,0 +1,51 @@
+"""Every error Narses raises for something a user or a peer can cause.
+
+NarsesError
+├── ConfigError          a configuration value, name or combination is wrong (command line: exit code 2)
+├── InputError           a tensor handed to a rule or an attack breaks its contract
+├── DataError            a data set is absent or damaged
+├── RefusedError         the peer answered with a status: .code, .reason, .message
+│   └── SessionLostError the session is gone; join again
+└── UnreachableError     no peer answered before the deadline
+
+What only our own code can cause is an assert, not one of these.
+"""
+
+from __future__ import annotations
+
+
+class NarsesError(Exception):
+    """Base of the tree above; its text is one sentence for a person."""
+
+
+class ConfigError(NarsesError, ValueError):
+    """A configuration value is wrong. The text names the key, the value, and what was expected."""
+
+
+class InputError(NarsesError, ValueError):
+    """An array handed to a rule or an attack has the wrong shape, dtype, count or holds non-finite values."""
+
+
+class DataError(NarsesError):
+    """A data set is not where it was looked for, or its files are not what they should be."""
+
+
+class RefusedError(NarsesError):
+    """A peer refused a call or an update.
+
+    code: a google.rpc.Code number; reason: the UPPER_SNAKE reason of narses.rpc.status; message: one sentence.
+    """
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(f"{reason}: {message}")
+        self.code = code
+        self.reason = reason
+        self.message = message
+
+
+class SessionLostError(RefusedError):
+    """The session this call belonged to has ended; join again."""
+
+
+class UnreachableError(NarsesError):
+    """No peer answered at an address before the deadline."""

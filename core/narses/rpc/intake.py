@@ -1,0 +1,52 @@
+"""Bytes of one payload into its row: copy, digest and finiteness in one pass over every chunk."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narses.rpc.digest import hasher
+
+INLINE_BYTES = 64 << 10
+"""Chunks up to this size are absorbed on the loop thread (under 0.05 ms); larger ones in the executor."""
+
+
+class Intake:
+    """One payload on its way into `row_D` (float32), or, for a possible duplicate, only through the hash (`row_D` None).
+
+    absorb() may run in an executor thread, one chunk at a time.
+    """
+
+    def __init__(self, row_D: NDArray[np.float32] | None, algorithm: str, size: int | None = None) -> None:
+        self._row_D = row_D
+        self._bytes = None if row_D is None else row_D.view(np.uint8)
+        self._hasher = hasher(algorithm)
+        self._checked = 0  # leading floats known to be finite
+        self.size = size if row_D is None and size is not None else 0 if row_D is None else row_D.nbytes
+        self.received = 0
+        self.finite = True
+
+    def fits(self, chunk: memoryview) -> bool:
+        """Whether `chunk` is still within the announced size."""
+        return self.received + len(chunk) <= self.size
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte has come."""
+        return self.received == self.size
+
+    def absorb(self, chunk: memoryview) -> None:
+        """Copy `chunk` to its offset, add it to the digest, check the floats it completes."""
+        end = self.received + len(chunk)
+        self._hasher.update(chunk)
+        if self._bytes is not None and self._row_D is not None:
+            self._bytes[self.received : end] = np.frombuffer(chunk, np.uint8)
+            whole = end // 4
+            if self.finite and whole > self._checked:
+                self.finite = bool(np.isfinite(self._row_D[self._checked : whole]).all())
+                self._checked = whole
+        self.received = end
+
+    def digest(self) -> bytes:
+        """The digest of what was absorbed."""
+        return self._hasher.digest()

@@ -1,0 +1,46 @@
+"""The Task: what a worker trains, fixed for one run by the server and sent once per session."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from narses.config import Config
+
+
+class LearningRate(Config):
+    """eta(t) = initial * r / (t + r) with r = fading (the papers' fading rate); fading = null keeps it constant."""
+
+    initial: float = Field(gt=0)
+    fading: float | None = Field(default=None, gt=0)
+
+    def at(self, round_: int) -> float:
+        """The learning rate of round `round_`, counted from 0."""
+        return self.initial if self.fading is None else self.initial * self.fading / (round_ + self.fading)
+
+
+class Task(Config):
+    """Everything a worker needs to compute update (worker, round) from the round's parameters, and nothing about attacks.
+
+    model, dataset: registry tables. partition "shards": n disjoint equal shards, batches in order; "iid": each batch is drawn
+    with replacement from the whole training set. The batch of worker i in round t is a function of (seed, i, t) alone.
+    """
+
+    run_id: bytes = Field(min_length=16, max_length=16)
+    run_name: str
+    n: PositiveInt
+    rounds: PositiveInt
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    partition: Literal["shards", "iid"] = "shards"
+    batch: PositiveInt
+    update: Literal["gradient"] = "gradient"
+    loss: Literal["cross-entropy"] = "cross-entropy"
+    seed: int = Field(ge=0, lt=2**63)
+    learning_rate: LearningRate
+    dimension: PositiveInt
+    layout: bytes = Field(min_length=32, max_length=32)
+    chunk_bytes: PositiveInt = 1 << 20
+    dtype: Literal["float32"] = "float32"
+    digest: Literal["blake3", "sha256"] = "blake3"

@@ -1,0 +1,167 @@
+"""narses-server: one process that plays run after run."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import structlog
+import typer
+
+from narses.cli import CheckOption, ConfigOption, SetOption, launch, new_app
+from narses.errors import ConfigError
+from narses.observe.daemon import Surroundings, prepare
+from narses.observe.health import READINESS
+from narses.observe.process import stop_event
+from narses.rpc.interceptors import server_interceptors
+from narses.rpc.options import SERVER_OPTIONS
+from narses.rpc.v1 import parameter_server_pb2 as pb
+from narses_server.config import RunConfig, ServerConfig
+from narses_server.coordinator import Run
+from narses_server.memory import check_memory
+from narses_server.service import SERVICE, Service
+from narses_server.watch import Watch
+
+log = structlog.get_logger("narses.server")
+
+STOP_GRACE_SECONDS = 2.0
+FAREWELL_SECONDS = 2.0
+
+
+class Server:
+    """startup, main_loop, shutdown. `stop` may be set from outside at any time: the server drains."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.stop = asyncio.Event()
+        self.summaries: list[dict[str, Any]] = []
+        self.port = 0
+        self._surroundings = Surroundings("server", config)
+        self._watch = Watch(self._surroundings.metrics)
+        # Two threads: a chunk is absorbed, or a model evaluated, while the round closes.
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix="narses-tensor")
+        self._service = Service(self._executor, self._watch)
+        self._server = grpc.aio.server(
+            interceptors=server_interceptors(self._surroundings.metrics), options=SERVER_OPTIONS
+        )
+        self._server.add_generic_rpc_handlers((self._service.handler(),))
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """Metrics, health and loop lag, for embedding and tests."""
+        return self._surroundings
+
+    async def serve(self) -> None:
+        """Everything, until the last run is over or `stop` is set."""
+        try:
+            await self.startup()
+            await self.main_loop()
+        finally:
+            await self.shutdown()
+
+    async def startup(self) -> None:
+        """Listen. ConfigError if an address cannot be used."""
+        await self._surroundings.start()
+        try:
+            self.port = self._server.add_insecure_port(self.config.listen)
+        except RuntimeError:
+            self.port = 0
+        if self.port == 0:
+            raise ConfigError(
+                f"listen = {self.config.listen}: the address cannot be used (taken, or not of this machine); "
+                f"choose another port, or port 0 for a free one"
+            )
+        await self._server.start()
+        log.info("listening", address=self.config.listen, port=self.port, **self._surroundings.ports)
+
+    async def main_loop(self) -> None:
+        """Play every configured run."""
+        for config in self.config.resolved:
+            if self.stop.is_set():
+                break
+            run = await self._build(config)
+            self._service.open(run)
+            await self._ready(True)
+            stopping = asyncio.create_task(self._drain_on_stop(run))
+            try:
+                self.summaries.append(await run.play(self._executor, self.config.start_timeout))
+            finally:
+                stopping.cancel()
+                self._service.close()
+        workers = max((run["config"]["round"]["n"] for run in self.summaries), default=0)
+        if self.stop.is_set():
+            await self._service.end(pb.NOTICE_KIND_DRAINING, "the server is shutting down", workers, FAREWELL_SECONDS)
+        else:
+            await self._service.end(pb.NOTICE_KIND_NO_MORE_RUNS, "all runs are finished", workers, FAREWELL_SECONDS)
+
+    async def shutdown(self) -> None:
+        """Not ready; say good-bye to open sessions; stop listening; end the threads."""
+        await self._surroundings.health.drain()
+        await self._server.stop(STOP_GRACE_SECONDS)
+        await self._surroundings.stop()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        log.info("stopped", runs=len(self.summaries))
+
+    async def _build(self, config: RunConfig) -> Run:
+        loop = asyncio.get_running_loop()
+
+        def build() -> Run:
+            return Run(
+                config,
+                data_dir=self.config.data_dir,
+                device=self.config.device,
+                output=self.config.output,
+                watch=self._watch,
+                limit=lambda n, d: check_memory(n, d, self.config.memory_limit_bytes),
+            )
+
+        run = await loop.run_in_executor(self._executor, build)
+        self._watch.run_opened(config, run.task.dimension, run.matrix.bytes_reserved, run.memory_budget)
+        return run
+
+    async def _drain_on_stop(self, run: Run) -> None:
+        await self.stop.wait()
+        log.info("draining", run=run.config.name, at_most_seconds=self.config.drain_timeout)
+        await self._ready(False)
+        await self._surroundings.health.drain()
+        run.drain(self.config.drain_timeout)
+
+    async def _ready(self, ready: bool) -> None:
+        for service in (SERVICE, READINESS):
+            await self._surroundings.health.set(service, ready)
+
+
+app = new_app("The Narses parameter server: opens runs, collects updates, aggregates them with a robust rule.")
+
+
+@app.command()
+def serve(config: ConfigOption = None, set_: SetOption = None, check: CheckOption = False) -> None:
+    """Serve the runs of a configuration file; SIGTERM drains."""
+    loaded = ServerConfig.load(config, set_ or ())
+    if check:
+        typer.echo(f"ok: {len(loaded.resolved)} run(s), first {loaded.resolved[0].name!r}")
+        return
+    prepare(loaded)
+
+    async def run() -> None:
+        server = Server(loaded)
+        stop = await stop_event()
+        forward = asyncio.create_task(_forward(stop, server.stop))
+        try:
+            await server.serve()
+        finally:
+            forward.cancel()
+
+    asyncio.run(run())
+
+
+async def _forward(source: asyncio.Event, target: asyncio.Event) -> None:
+    await source.wait()
+    target.set()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    launch(app)

@@ -1,0 +1,222 @@
+"""The server's configuration: one base experiment and, where several runs follow one another, what each changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from narses import datasets, models, rules
+from narses.config import Config
+from narses.observe.config import Endpoint, LogConfig
+from narses.observe.process import address, is_loopback
+from narses.task import LearningRate
+
+Table = dict[str, Any]
+
+
+def _table(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class TaskConfig(Config):
+    """[task]: what the workers train. model, dataset: a name or a table with a name."""
+
+    model: Table
+    dataset: Table
+    partition: Literal["shards", "iid"] = "shards"
+    batch: PositiveInt
+    seed: int = Field(default=1, ge=0, lt=2**63)
+    chunk_bytes: int = Field(default=1 << 20, ge=1 << 10, le=4 << 20)
+    digest: Literal["blake3", "sha256"] = "blake3"
+
+    _names = field_validator("model", "dataset", mode="before")(_table)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        models.make(self.model)
+        datasets.make(self.dataset)
+        return self
+
+
+class RoundConfig(Config):
+    """[round]: n updates per round of which f may be Byzantine, the rule, and when a round may close (ARCHITECTURE 5).
+
+    quorum: null means n. deadline: seconds.
+    """
+
+    n: int = Field(ge=1, le=4096)
+    f: NonNegativeInt = 0
+    rule: Table = Field(default_factory=lambda: {"name": "mean"})
+    rounds: PositiveInt
+    quorum: PositiveInt | None = None
+    deadline: PositiveFloat = 60.0
+    absent: Literal["refuse", "byzantine"] = "refuse"
+    on_deadline: Literal["wait", "skip"] = "wait"
+
+    _names = field_validator("rule", mode="before")(_table)
+
+    @property
+    def quorum_required(self) -> int:
+        """Rows with which the deadline may close a round."""
+        return self.n if self.quorum is None else self.quorum
+
+    @cached_property
+    def built_rule(self) -> rules.Rule:
+        """The rule object."""
+        return rules.make(self.rule, trusted=True)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        name, need, quorum = self.rule["name"], self.built_rule.min_updates, self.quorum_required
+        rules.check(self.built_rule, self.n, self.f)
+        if quorum > self.n:
+            raise ValueError(f"quorum = {quorum} is more than n = {self.n}")
+        if self.absent == "refuse" and quorum < need(self.f):
+            raise ValueError(
+                f"{name} with f = {self.f} needs {need(self.f)} updates, but a round may close with quorum = {quorum}; "
+                f'raise the quorum, lower f, or set absent = "byzantine"'
+            )
+        missing = self.n - quorum
+        if self.absent == "byzantine" and (missing > self.f or quorum < need(self.f - missing)):
+            raise ValueError(
+                f"{name} with f = {self.f} cannot spare the {missing} updates that quorum = {quorum} of n = {self.n} allows; "
+                f"raise the quorum or f"
+            )
+        return self
+
+    def warnings(self) -> list[str]:
+        """What is legal but worth saying once."""
+        need = self.built_rule.min_updates(self.f)
+        if self.absent == "refuse" and self.f > 0 and need > self.n - self.f:
+            return [
+                f"{self.rule['name']} with f = {self.f} needs {need} of n = {self.n} updates: {self.n - need + 1} silent "
+                f'workers stop this run under absent = "refuse"'
+            ]
+        return []
+
+
+class OptimizerConfig(Config):
+    """[optimizer]: v <- momentum v - eta(t) (aggregate + l2 w); w <- w + v; eta(t) = learning_rate r / (t + r), r = fading."""
+
+    learning_rate: PositiveFloat
+    fading: PositiveFloat | None = None
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    l2: NonNegativeFloat = 0.0
+
+    @property
+    def schedule(self) -> LearningRate:
+        """eta(t)."""
+        return LearningRate(initial=self.learning_rate, fading=self.fading)
+
+
+class EvaluateConfig(Config):
+    """[evaluate]: test accuracy every `every` rounds and at the end. Without this section nothing is evaluated."""
+
+    every: PositiveInt = 5
+
+
+class RunConfig(Config):
+    """One run, complete."""
+
+    name: str = Field(default="run", min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/+=-]*$")
+    task: TaskConfig
+    round: RoundConfig
+    optimizer: OptimizerConfig
+    evaluate: EvaluateConfig | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _inside(cls, name: str) -> str:
+        if ".." in name.split("/") or name.endswith("/"):
+            raise ValueError(f"run name {name!r} becomes a folder and must stay inside the output folder")
+        return name
+
+
+class ServerConfig(Config):
+    """server.toml. Without [[runs]] the base sections are the one run; each [[runs]] table is laid over them, in order."""
+
+    listen: str = "127.0.0.1:50051"
+    insecure: bool = False
+    insecure_remote: bool = False
+    output: Path | None = None
+    data_dir: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    start_timeout: PositiveFloat = 60.0
+    drain_timeout: PositiveFloat = 10.0
+    keep_large_blocks: bool = True
+    memory_limit_bytes: PositiveInt | None = None
+    name: str = "run"
+    task: TaskConfig
+    round: RoundConfig
+    optimizer: OptimizerConfig
+    evaluate: EvaluateConfig | None = None
+    metrics: Endpoint = Endpoint()
+    health: Endpoint = Endpoint()
+    log: LogConfig = LogConfig()
+    runs: tuple[Table, ...] = ()
+
+    @field_validator("output", "data_dir", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        return Path(value) if isinstance(value, str) else value
+
+    @field_validator("runs", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        host, _ = address(self.listen)
+        if not self.insecure:
+            raise ValueError(
+                f"listen = {self.listen}: connections are plaintext in this version; set insecure = true to accept that "
+                f"worker ids are only claims"
+            )
+        if not is_loopback(host) and not self.insecure_remote:
+            raise ValueError(
+                f"listen = {self.listen} is reachable from other machines in plaintext; set insecure_remote = true to accept "
+                f"that, or listen on 127.0.0.1"
+            )
+        names = [run.name for run in self.resolved]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"runs: names must differ, {next(n for n in names if names.count(n) > 1)!r} is there twice"
+            )
+        return self
+
+    @cached_property
+    def resolved(self) -> tuple[RunConfig, ...]:
+        """Every run, complete and validated."""
+        base: Table = {
+            "name": self.name,
+            **{s: getattr(self, s).model_dump(exclude_unset=True) for s in ("task", "round", "optimizer")},
+            **({} if self.evaluate is None else {"evaluate": self.evaluate.model_dump()}),
+        }
+        if not self.runs:
+            return (RunConfig.of(base, source="run"),)
+        return tuple(RunConfig.of(_merged(base, run), source=f"runs[{i}]") for i, run in enumerate(self.runs))
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
+    """`over` laid over `base`, section by section. A table with a name (a rule, a model) replaces the whole old one."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and "name" not in value:
+            merged[key] = _merged(old, value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,329 @@
+"""One run from its first round to its last. The loop thread owns all of this; tensor work leaves it through `executor`."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import structlog
+import torch
+from torch import Tensor
+
+from narses import datasets, rules
+from narses.rpc.convert import table_to_wire
+from narses.rules import Context
+from narses.task import Task
+from narses.updates import Updates
+from narses_server.config import RunConfig
+from narses_server.matrix import UpdateMatrix
+from narses_server.model import Optimizer, initial_parameters, payload
+from narses_server.published import Published
+from narses_server.round import Decision, Policy, Round, Step, Verdict
+from narses_server.scoreboard import Scoreboard
+from narses_server.session import Sessions
+from narses_server.watch import Watch
+
+log = structlog.get_logger("narses.server")
+
+
+class Closed(NamedTuple):
+    """What closing a round produced, in the executor."""
+
+    published: Published | None  # None: the step made the parameters non-finite
+    selected: tuple[int, ...] | None  # worker ids used whole by the rule
+    norm: float
+    seconds: dict[str, float]  # phase -> seconds
+    snapshot_D: Tensor | None  # the new parameters, if they are to be evaluated
+
+
+class Run:
+    """One run: its task, sessions, matrix and open round.
+
+    Built in the executor, because it loads data and allocates; played on the loop.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        data_dir: Path | None,
+        device: str,
+        output: Path | None,
+        watch: Watch,
+        limit: Callable[[int, int], int],
+    ) -> None:
+        """limit(n, D) -> the memory budget in bytes; raises ConfigError before anything large is allocated."""
+        self.config = config
+        self._watch = watch
+        dataset = datasets.load(datasets.make(config.task.dataset, trusted=True), data_dir)
+        self._parameters_D, layout = initial_parameters(config.task, dataset)
+        self.task = Task(
+            run_id=secrets.token_bytes(16),
+            run_name=config.name,
+            n=config.round.n,
+            rounds=config.round.rounds,
+            model=config.task.model,
+            dataset=config.task.dataset,
+            partition=config.task.partition,
+            batch=config.task.batch,
+            seed=config.task.seed,
+            learning_rate=config.optimizer.schedule,
+            dimension=len(self._parameters_D),
+            layout=layout,
+            chunk_bytes=config.task.chunk_bytes,
+            digest=config.task.digest,
+        )
+        self._rule = config.round.built_rule
+        self._rule_table = table_to_wire(rules.rule_table(self._rule))
+        self._optimizer = Optimizer(config.optimizer, self.task.dimension)
+        self._rule_state: object | None = None
+        self.memory_budget = limit(self.task.n, self.task.dimension)
+        self.matrix = UpdateMatrix(self.task.n, self.task.dimension)
+        self.sessions = Sessions(self.task.n)
+        self.policy = Policy(
+            n=config.round.n,
+            f=config.round.f,
+            min_updates=self._rule.min_updates,
+            quorum=config.round.quorum_required,
+            deadline=config.round.deadline,
+            absent=config.round.absent,
+            on_deadline=config.round.on_deadline,
+        )
+        self.published: Published | None = None
+        self.round: Round | None = None
+        self.refused_this_round: dict[int, str] = {}
+        self._drain_at: float | None = None
+        self._changed = asyncio.Event()  # something the open round's decision depends on
+        self._newer = asyncio.Event()  # replaced at every publication; set when a newer one exists
+        self._scores = Scoreboard(config, data_dir=data_dir, device=device, output=output, watch=watch)
+
+    # -- what the service asks -------------------------------------------------------------------------------------------
+
+    async def published_after(self, after_round: int | None) -> Published:
+        """The first publication after `after_round`, waiting for it; the caller sets the deadline."""
+        while True:
+            current = self.published
+            if current is not None and (current.finished or after_round is None or current.round > after_round):
+                return current
+            await self._newer.wait()
+
+    def closes_in(self) -> float:
+        """Seconds until the open round's deadline."""
+        return self.round.closes_at - self._now() if self.round is not None else 0.0
+
+    @property
+    def rule_table(self) -> str:
+        """The rule's registry table as canonical JSON."""
+        return self._rule_table
+
+    @property
+    def over(self) -> bool:
+        """Whether the last parameters are published: nobody joins any more."""
+        return self.published is not None and self.published.finished
+
+    @property
+    def current_round(self) -> int:
+        """The index of the published round; 0 before the first."""
+        return self.published.round if self.published is not None else 0
+
+    def offer(self, worker: int, round_: int, digest: bytes, *, finite: bool) -> Verdict:
+        """A complete update has arrived in its row."""
+        if self.round is None:
+            return Verdict("ROUND_NOT_OPEN", "no round is open")
+        verdict = self.round.offer(worker, round_, digest, finite=finite)
+        if not verdict.reason and not verdict.duplicate:
+            self._watch.arrived(worker, self._now() - self.round.opened)
+        self._changed.set()
+        return verdict
+
+    def joined(self) -> None:
+        """A session opened or closed."""
+        self._watch.connected(self.sessions.connected)
+        self._changed.set()
+
+    def drain(self, within: float) -> None:
+        """Open no further round; cut the open one after `within` seconds."""
+        self._drain_at = self._now() + within
+        self._changed.set()
+
+    # -- the run ---------------------------------------------------------------------------------------------------------
+
+    async def play(self, executor: Executor, start_timeout: float) -> dict[str, Any]:
+        """Play every round; returns the summary that is also written to the output folder."""
+        config, started = self.config, time.monotonic()
+        self._off = executor
+        outcome = "completed"
+        await self._all_joined(self._now() + start_timeout)
+        log.info(
+            "run started",
+            run=config.name,
+            n=self.task.n,
+            f=config.round.f,
+            rule=config.round.rule["name"],
+            rounds=self.task.rounds,
+            dimension=self.task.dimension,
+            joined=self.sessions.connected,
+        )
+        for warning in config.round.warnings():
+            log.warning(warning, run=config.name)
+        first = time.monotonic()
+        self._scores.start(executor)
+        published: Published = await self._run(self._encode, 0)
+        for index in range(self.task.rounds):
+            if self._drain_at is not None:
+                outcome = "drained"
+                break
+            decision = await self._collect(self._open(index, published))
+            if decision.step is Step.AGGREGATE:
+                newer = await self._close(index, decision)
+                if newer is None:
+                    outcome = "diverged"
+                    self._watch.failed()
+                    log.warning(
+                        "run ends early", run=config.name, round=index, why="the step made parameters non-finite"
+                    )
+                    break
+                published = newer
+            elif decision.step is Step.SKIP:
+                log.warning("round closed without a step", run=config.name, round=index, why=decision.why)
+                self._watch.timed_out()
+                self._scores.line({"round": index, "outcome": "skipped", "why": decision.why})
+                published = dataclasses.replace(published, round=index + 1)
+            else:
+                outcome = "diverged" if decision.step is Step.DIVERGED else "drained"
+                log.warning("run ends early", run=config.name, round=index, why=decision.why)
+                break
+        self.round = None
+        self._publish(dataclasses.replace(published, finished=True))
+        last, seconds = published.round, time.monotonic() - first
+        await self._scores.evaluate(last, self._parameters_D)
+        summary = {
+            "run": config.name,
+            "outcome": outcome,
+            "rounds": last,
+            "rounds_per_second": round(last / seconds, 2),
+            "seconds": round(time.monotonic() - started, 3),
+            "digest": published.digest.hex(),
+        }
+        summary = await self._scores.finish(summary)
+        self._watch.run_ended(completed=outcome == "completed")
+        return summary
+
+    async def _all_joined(self, until: float) -> None:
+        while self.sessions.connected < self.task.n and self._drain_at is None:
+            if not await self._wait(until):
+                log.warning("starting without everybody", joined=self.sessions.connected, expected=self.task.n)
+                return
+
+    def _open(self, index: int, published: Published) -> Round:
+        """Open round `index` on `published`; in one breath, so that whoever pulls it may push to it."""
+        self.round = Round(index, published.digest, self.policy, self._now())
+        self.refused_this_round = {}
+        self._publish(published)
+        self._watch.opened(index, self._optimizer.learning_rate(index))
+        return self.round
+
+    async def _collect(self, open_round: Round) -> Decision:
+        """Wait until `open_round` may close."""
+        restarts = 0
+        while True:
+            decision = open_round.next(self._now())
+            if decision.step is not Step.WAIT:
+                return decision
+            if open_round.restarts > restarts:
+                restarts = open_round.restarts
+                missing = sorted(set(range(self.task.n)) - open_round.accepted.keys())
+                log.warning(
+                    "deadline", run=self.config.name, round=open_round.index, why=decision.why, missing=missing[:20]
+                )
+                self._watch.timed_out()
+            until = decision.until
+            if self._drain_at is not None:
+                if self._now() >= self._drain_at:
+                    open_round.closed = True
+                    return Decision(Step.WAIT, f"draining: {decision.why}")
+                until = min(until, self._drain_at)
+            await self._wait(until)
+
+    async def _wait(self, until: float) -> bool:
+        """Wait for a change, at most until time `until`; False at the deadline."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout_at(until):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _close(self, index: int, decision: Decision) -> Published | None:
+        """Aggregate and step: the next round's parameters, encoded; None if they are no longer finite."""
+        assert self.round is not None
+        opened, collected = self.round.opened, self._now()
+        closed: Closed = await self._run(self._aggregate_and_step, index, decision.rows, decision.f)
+        if closed.published is None:
+            return None
+        seconds = self._now() - opened
+        phases = {"collect": collected - opened, **closed.seconds}
+        self._watch.closed(decision.rows, closed.selected, closed.norm, seconds, phases)
+        self._scores.line(
+            {
+                "round": index,
+                "outcome": "completed",
+                "participants": len(decision.rows),
+                "selected": closed.selected,
+                "refused": self.refused_this_round,
+                "aggregate_norm": closed.norm,
+                "seconds": round(seconds, 6),
+            }
+        )
+        if closed.snapshot_D is not None:
+            await self._scores.evaluate_beside(index + 1, closed.snapshot_D)
+        return closed.published
+
+    def _aggregate_and_step(self, index: int, rows: tuple[int, ...], f: int) -> Closed:
+        """In the executor: the rule, the step, the encoding of the next round's parameters."""
+        clock = [time.perf_counter()]
+        matrix_ND = torch.from_numpy(self.matrix.rows_ND)
+        updates = Updates.of(matrix_ND, rows=None if len(rows) == self.task.n else list(rows))
+        context = Context(
+            round=index,
+            parameters_D=self._parameters_D,
+            learning_rate=self._optimizer.learning_rate(index),
+            state=self._rule_state,
+            trusted=None,
+        )
+        aggregation = self._rule(updates, f, context)
+        self._rule_state = aggregation.state
+        norm = float(torch.linalg.vector_norm(aggregation.vector_D, dtype=torch.float64))
+        clock.append(time.perf_counter())
+        self._optimizer.step(self._parameters_D, aggregation.vector_D, index)
+        clock.append(time.perf_counter())
+        finite = bool(torch.isfinite(self._parameters_D).all())
+        published = self._encode(index + 1) if finite else None
+        snapshot_D = self._parameters_D.clone() if self._scores.due(index + 1) else None
+        clock.append(time.perf_counter())
+        selected = None if aggregation.selected is None else tuple(rows[i] for i in aggregation.selected.tolist())
+        phases = ("aggregate", "apply", "publish")
+        seconds = {phase: b - a for phase, a, b in zip(phases, clock, clock[1:], strict=False)}
+        return Closed(published, selected, norm, seconds, snapshot_D)
+
+    def _encode(self, round_: int) -> Published:
+        return Published.of(round_, payload(self._parameters_D), self.task.digest, self.task.chunk_bytes)
+
+    def _publish(self, published: Published) -> None:
+        self.published = published
+        newer, self._newer = self._newer, asyncio.Event()
+        newer.set()
+
+    async def _run(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._off, function, *arguments)
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

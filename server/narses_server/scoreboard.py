@@ -1,0 +1,130 @@
+"""How a run is doing: accuracy beside the rounds, progress for people, files for later."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import structlog
+from torch import Tensor
+
+from narses_server.config import RunConfig
+from narses_server.evaluate import Evaluation, Evaluator
+from narses_server.model import payload
+from narses_server.results import Results
+from narses_server.watch import Watch
+
+log = structlog.get_logger("narses.server")
+
+PROGRESS_SECONDS = 0.5
+
+
+class Scoreboard:
+    """Evaluations, the best parameters, and one line per round. Evaluation runs beside the next round, in the executor."""
+
+    def __init__(
+        self, config: RunConfig, *, data_dir: Path | None, device: str, output: Path | None, watch: Watch
+    ) -> None:
+        self._config = config
+        self._watch = watch
+        self._every = config.evaluate.every if config.evaluate is not None else 0
+        self._evaluator = (
+            Evaluator(config.task.model, config.task.dataset, config.task.seed, data_dir, device)
+            if self._every
+            else None
+        )
+        self._results = Results(output / config.name if output is not None else None)
+        self._evaluations: dict[int, Evaluation] = {}
+        self._running: asyncio.Task[None] | None = None
+        self.best: tuple[float, int, bytes] | None = None  # accuracy, round, parameters
+
+    def start(self, executor: Executor) -> None:
+        """The first round is about to open."""
+        self._executor = executor
+        self._progress_at, self._progress_round = time.monotonic(), 0
+        if self._evaluator is None:
+            log.warning("no [evaluate] section: this run reports no accuracy", run=self._config.name)
+
+    def due(self, after: int) -> bool:
+        """Whether the parameters after `after` rounds are to be evaluated on the way."""
+        return bool(self._every) and after % self._every == 0
+
+    async def evaluate_beside(self, after: int, parameters_D: Tensor) -> None:
+        """Start evaluating `parameters_D`; waits only while an earlier evaluation is still running."""
+        if self._running is not None:
+            await self._running
+        self._running = asyncio.create_task(self._evaluate(after, parameters_D))
+
+    async def evaluate(self, after: int, parameters_D: Tensor) -> None:
+        """Evaluate the last parameters, unless that has been done, and wait for it."""
+        if self._running is not None:
+            await self._running
+        if after not in self._evaluations:
+            await self._evaluate(after, parameters_D)
+
+    async def _evaluate(self, after: int, parameters_D: Tensor) -> None:
+        if self._evaluator is None:
+            return
+        begun = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        evaluation = await loop.run_in_executor(self._executor, self._evaluator, parameters_D)
+        self._evaluations[after] = evaluation
+        if self.best is None or evaluation.accuracy > self.best[0]:
+            self.best = (evaluation.accuracy, after, bytes(payload(parameters_D)))
+        self._watch.evaluated(evaluation.accuracy, evaluation.loss, time.perf_counter() - begun)
+        log.info(
+            "evaluated",
+            run=self._config.name,
+            round=after,
+            rounds=self._config.round.rounds,
+            accuracy=round(evaluation.accuracy, 4),
+            loss=_finite(evaluation.loss),
+        )
+
+    def line(self, line: dict[str, Any]) -> None:
+        """Keep one round's line and, at most twice a second, tell people where the run is."""
+        self._results.round(line)
+        now = time.monotonic()
+        if now - self._progress_at < PROGRESS_SECONDS:
+            return
+        done = line["round"] + 1
+        latest = max(self._evaluations, default=None)
+        log.info(
+            "progress",
+            run=self._config.name,
+            round=done,
+            rounds=self._config.round.rounds,
+            rounds_per_second=round((done - self._progress_round) / (now - self._progress_at), 1),
+            accuracy=None if latest is None else round(self._evaluations[latest].accuracy, 4),
+            selected=line.get("selected"),
+            refused=line.get("refused"),
+        )
+        self._progress_at, self._progress_round = now, done
+
+    async def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Complete `summary` with the accuracies, write it, log it."""
+        last = self._evaluations.get(summary["rounds"])
+        scores = {
+            "final_accuracy": None if last is None else last.accuracy,
+            "final_loss": None if last is None else _finite(last.loss),
+            "best_accuracy": None if self.best is None else self.best[0],
+            "best_round": None if self.best is None else self.best[1],
+        }
+        whole = {
+            **summary,
+            **scores,
+            "accuracy": [[after, evaluation.accuracy] for after, evaluation in sorted(self._evaluations.items())],
+            "config": self._config.model_dump(mode="json"),
+        }
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._results.finish, whole)
+        log.info("run finished", **summary, **scores)
+        return whole
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a loss that is not finite is null."""
+    return round(value, 6) if math.isfinite(value) else None

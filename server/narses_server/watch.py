@@ -1,0 +1,115 @@
+"""Domain events of the server into metrics: the one place that knows their names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from narses.observe.metrics import Metrics
+from narses.rpc.status import REFUSALS
+from narses_server.config import RunConfig
+
+
+class Watch:
+    """Called by the coordinator and the service; counts, never decides."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+
+    def run_opened(self, config: RunConfig, dimension: int, buffer_bytes: int, buffer_limit: int) -> None:
+        """A run starts: its fixed facts."""
+        m, rule = self.metrics, str(config.round.rule["name"])
+        m.declare("worker", range(config.round.n))
+        m.declare("rule", [rule])
+        m.info("narses_server_config_info", rule=rule)
+        m.set("narses_server_quorum_required", config.round.quorum_required)
+        m.set("narses_server_byzantine_workers_assumed", config.round.f)
+        m.set("narses_server_workers", config.round.n, state="registered")
+        m.set("narses_server_model_parameters", dimension)
+        m.set("narses_server_update_buffer_bytes", buffer_bytes)
+        m.set("narses_server_update_buffer_limit_bytes", buffer_limit)
+        self._rule = rule
+
+    def run_ended(self, *, completed: bool) -> None:
+        """A run is over."""
+        self.metrics.inc("narses_server_runs_total", outcome="completed" if completed else "failed")
+        self.metrics.set("narses_server_update_buffer_bytes", 0)
+
+    def connected(self, workers: int) -> None:
+        """Logical workers with a live session."""
+        self.metrics.set("narses_server_workers", workers, state="connected")
+
+    def opened(self, round_: int, learning_rate: float) -> None:
+        """A round opens."""
+        self.metrics.set("narses_server_round", round_)
+        self.metrics.set("narses_server_learning_rate", learning_rate)
+
+    def arrived(self, worker: int, lag: float) -> None:
+        """An update was accepted `lag` seconds after its round opened."""
+        label = self.metrics.worker(worker)
+        self.metrics.set("narses_server_worker_last_push_timestamp_seconds", time.time(), worker=label)
+        self.metrics.set("narses_server_worker_push_lag_seconds", lag, worker=label)
+
+    def verdict(self, worker: int | None, reason: str, *, duplicate: bool = False) -> None:
+        """One update was decided. worker is None where the id is not on the roster."""
+        m = self.metrics
+        outcome = REFUSALS[reason].outcome if reason else "duplicate" if duplicate else "accepted"
+        m.inc("narses_server_pushes_total", outcome=outcome)
+        label = m.worker("unknown" if worker is None else worker)
+        m.inc("narses_server_worker_pushes_total", worker=label, outcome=outcome)
+        if reason:
+            m.inc("narses_server_pushes_rejected_total", reason=reason.lower())
+
+    def pulled(self, outcome: str, sent: int = 0) -> None:
+        """One pull was answered with `sent` bytes of payload."""
+        self.metrics.inc("narses_server_pulls_total", outcome=outcome)
+        if sent:
+            self.metrics.inc("narses_server_sent_bytes_total", sent, rpc="pull")
+
+    def received(self, count: int) -> None:
+        """Payload bytes of pushes."""
+        self.metrics.inc("narses_server_received_bytes_total", count, rpc="push")
+
+    def in_progress(self, rpc: str, change: int) -> None:
+        """An RPC began (1) or ended (-1)."""
+        self.metrics.inc("narses_server_requests_in_progress", change, rpc=rpc)
+
+    def timed_out(self) -> None:
+        """A deadline passed without a usable quorum, whether the round goes on waiting or closes without a step."""
+        self.metrics.inc("narses_server_rounds_total", outcome="quorum_timeout")
+
+    def failed(self) -> None:
+        """A round ended without usable parameters."""
+        self.metrics.inc("narses_server_rounds_total", outcome="failed")
+
+    def closed(
+        self,
+        rows: tuple[int, ...],
+        selected: tuple[int, ...] | None,
+        norm: float,
+        seconds: float,
+        phases: Mapping[str, float],
+    ) -> None:
+        """A round completed with the updates of workers `rows`."""
+        m = self.metrics
+        m.inc("narses_server_rounds_total", outcome="completed")
+        m.observe("narses_server_round_duration_seconds", seconds)
+        for phase, value in phases.items():
+            m.observe("narses_server_round_phase_duration_seconds", value, phase=phase)
+        m.observe("narses_server_aggregation_duration_seconds", phases["aggregate"], rule=self._rule)
+        m.set("narses_server_round_last_completed_timestamp_seconds", time.time())
+        m.set("narses_server_round_participants", len(rows))
+        m.set("narses_server_aggregation_selected_workers", len(rows if selected is None else selected))
+        m.set("narses_server_aggregate_norm", norm)
+        for worker in rows:
+            m.inc("narses_server_worker_considered_total", worker=m.worker(worker))
+        for worker in rows if selected is None else selected:
+            m.inc("narses_server_worker_selected_total", worker=m.worker(worker))
+
+    def evaluated(self, accuracy: float, loss: float, seconds: float) -> None:
+        """The test data were classified."""
+        m = self.metrics
+        m.set("narses_server_model_test_accuracy_ratio", accuracy)
+        m.set("narses_server_model_test_loss", loss)
+        m.set("narses_server_model_evaluated_timestamp_seconds", time.time())
+        m.observe("narses_server_round_phase_duration_seconds", seconds, phase="evaluate")
