@@ -49,10 +49,15 @@ def pairwise(blocks: Blocks, n: int, device: torch.device, p: float) -> Tensor:
     unit_NN = torch.where(largest_NN == 0, 1.0, largest_NN)
 
     def add_powers(total_M: Tensor, difference_MC: Tensor, i: int) -> None:
-        total_M += difference_MC.abs_().div_(unit_NN[i, i + 1 :, None]).pow_(p).sum(dim=1)
+        difference_MC.abs_().div_(unit_NN[i, i + 1 :, None])
+        # pow in a SIMD register and pow in the loop's tail differ in the last bit: row by row, and the roots one by one,
+        # the result of a pair does not depend on its place in the matrix or on how threads cut it.
+        for difference_C in difference_MC:
+            difference_C.pow_(p)
+        total_M += difference_MC.sum(dim=1)
 
-    total_NN = _pairs(blocks, n, device, add_powers)
-    return torch.where(largest_NN.isinf(), largest_NN, largest_NN * total_NN.pow_(1 / p))
+    total_NN = _pairs(blocks, n, device, add_powers).cpu().apply_(lambda total: total ** (1 / p)).to(device)
+    return torch.where(largest_NN.isinf(), largest_NN, largest_NN * total_NN)
 
 
 def to_point(blocks: Iterator[Tensor], n: int, v_D: Tensor | None, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narses.observe.metrics import Metrics
+from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses.task import Task
 from narses_worker.client import Pulled
 from narses_worker.trainer import Step, Trainer
@@ -23,7 +24,10 @@ GROUP_BYTES = 256 << 10
 class Producer(Protocol):
     """What the daemon pushes: for each round, (worker, row) pairs as they become ready."""
 
-    def produce(self, pulled: Pulled) -> AsyncIterator[tuple[int, NDArray[np.float32]]]: ...
+    def produce(self, pulled: Pulled) -> AsyncGenerator[tuple[int, NDArray[np.float32]], None]: ...
+
+    def settled(self, verdicts: Sequence[pb.PushResponse]) -> None:
+        """The server's verdicts on what was produced."""
 
 
 Make = Callable[[Task], Producer]
@@ -59,7 +63,7 @@ class Cohort:
         self._metrics = metrics
         self._done: tuple[int, bytes] | None = None  # (round, base) whose rows are complete
 
-    async def produce(self, pulled: Pulled) -> AsyncIterator[tuple[int, NDArray[np.float32]]]:
+    async def produce(self, pulled: Pulled) -> AsyncGenerator[tuple[int, NDArray[np.float32]], None]:
         """Yield every worker's update of the pulled round; the row stays valid until the next round is produced."""
         key = (pulled.header.round, pulled.header.digest)
         if self._done != key:
@@ -69,12 +73,12 @@ class Cohort:
                 range(at, min(at + self._group, len(self.workers))) for at in range(0, len(self.workers), self._group)
             ]
             steps: list[Step] = []
-            job = loop.run_in_executor(self._executor, self._compute, groups[0], pulled)
+            job = loop.run_in_executor(self._executor, self.compute, groups[0], pulled)
             try:
                 for group, following in zip(groups, [*groups[1:], None], strict=True):
                     steps += await job
                     if following is not None:
-                        job = loop.run_in_executor(self._executor, self._compute, following, pulled)
+                        job = loop.run_in_executor(self._executor, self.compute, following, pulled)
                     for index in group:
                         yield self.workers[index], self.rows_KD[index]
             finally:
@@ -86,11 +90,15 @@ class Cohort:
             for worker, row_D in zip(self.workers, self.rows_KD, strict=True):
                 yield worker, row_D
 
-    def _compute(self, group: range, pulled: Pulled) -> list[Step]:
+    def compute(self, group: range, pulled: Pulled) -> list[Step]:
+        """Fill the rows of workers[group]; in an executor thread. What a dishonest cohort overrides."""
         return [
             self.trainer.update(self.workers[i], pulled.header.round, pulled.parameters_D, self.rows_KD[i])
             for i in group
         ]
+
+    def settled(self, verdicts: Sequence[pb.PushResponse]) -> None:
+        """Nothing: an honest cohort does not care."""
 
     def _observe(self, steps: list[Step]) -> None:
         if self._metrics is not None:

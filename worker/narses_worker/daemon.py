@@ -155,7 +155,7 @@ class Daemon:
         """Send the round's updates (of the workers in `only`, if given) on one stream; every verdict."""
         begun, header = time.perf_counter(), pulled.header
         async with session.push(self.config.push_timeout) as push:
-            async with contextlib.aclosing(producer.produce(pulled)) as updates:  # type: ignore[type-var]
+            async with contextlib.aclosing(producer.produce(pulled)) as updates:
                 async for worker, row_D in updates:
                     if only is None or worker in only:
                         await push.send(worker, header.round, header.digest, row_D)
@@ -164,6 +164,7 @@ class Daemon:
             verdicts = await push.finish()
             self._phase("push", begun)
         self._heard, self._failures = time.monotonic(), 0
+        producer.settled(verdicts)
         return verdicts
 
     def _settle(self, session: Session, verdicts: list[pb.PushResponse]) -> frozenset[int]:

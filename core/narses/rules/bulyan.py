@@ -35,7 +35,7 @@ def _default_inner() -> Any:
     return {"name": "krum"}
 
 
-@dataclass(config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Bulyan:
     """Elect theta updates by repeating `inner`; per coordinate, average the beta of them nearest their median.
 

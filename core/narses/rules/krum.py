@@ -19,7 +19,7 @@ Neighbours = Literal["n-f-2", "n-f-1", "n-f"]
 Power = Literal[1, 2]
 
 
-@dataclass(config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Krum:
     """The update with the smallest sum of squared distances to its n - f - 2 nearest others; ties to the first.
 
@@ -65,7 +65,7 @@ class Krum:
         return order
 
 
-@dataclass(config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class MultiKrum:
     """The mean of the m updates with the smallest Krum scores; ties to the smallest row.
 

@@ -12,7 +12,7 @@ from narses.rules.base import Aggregation, Context, Property, require
 from narses.updates import Updates
 
 
-@dataclass(config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Mean:
     """(1/n) sum_i x_i.
 

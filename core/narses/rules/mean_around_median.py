@@ -12,7 +12,7 @@ from narses.rules.base import Aggregation, Context, Property, require
 from narses.updates import Updates
 
 
-@dataclass(config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class MeanAroundMedian:
     """Per coordinate, average the `keep` values nearest the median, the smaller value first where two are equally near.
 

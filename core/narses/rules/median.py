@@ -12,7 +12,7 @@ from narses.rules.base import Aggregation, Context, Property, require
 from narses.updates import Updates
 
 
-@dataclass(config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Median:
     """The middle value of every coordinate; for even n the midpoint of the two middle ones (torch: the lower).
 

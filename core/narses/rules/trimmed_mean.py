@@ -12,7 +12,7 @@ from narses.rules.base import Aggregation, Context, Property, require
 from narses.updates import Updates
 
 
-@dataclass(config=STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrimmedMean:
     """Per coordinate, drop the f largest and the f smallest values and average the other n - 2f.
 

@@ -1,0 +1,135 @@
+"""narses-adversary: `worker`, corrupted workers of one machine; `proxy`, a man in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import structlog
+import typer
+
+from narses.cli import CheckOption, ConfigOption, SetOption, launch, new_app
+from narses.errors import ConfigError
+from narses.observe.daemon import Surroundings, prepare
+from narses.observe.health import READINESS
+from narses.observe.process import stop_event
+from narses.rpc.interceptors import server_interceptors
+from narses.rpc.options import SERVER_OPTIONS
+from narses.task import Task
+from narses_adversary.config import AdversaryConfig, Attacking, ProxyConfig
+from narses_adversary.proxy import SERVICE, Proxy
+from narses_adversary.worker import CorruptedCohort
+from narses_worker.daemon import Daemon
+
+log = structlog.get_logger("narses.adversary")
+
+STOP_GRACE_SECONDS = 2.0  # sessions are open streams and would use up any grace
+
+app = new_app("Narses adversaries, for trying a defence before it is trusted. Point them at your own server only.")
+
+
+@app.command()
+def worker(config: ConfigOption = None, set_: SetOption = None, check: CheckOption = False) -> None:
+    """Host corrupted logical workers: they train honestly and send what the attack makes of it."""
+    loaded = AdversaryConfig.load(config, set_ or ())
+    if check:
+        typer.echo(f"ok: workers {', '.join(map(str, loaded.workers))} for {loaded.server}, {_attacks(loaded)}")
+        return
+    prepare(loaded, loaded.threads)
+    asyncio.run(_worker(loaded))
+
+
+@app.command()
+def proxy(config: ConfigOption = None, set_: SetOption = None, check: CheckOption = False) -> None:
+    """Stand between daemons and the server and rewrite updates in flight."""
+    loaded = ProxyConfig.load(config, set_ or ())
+    if check:
+        typer.echo(f"ok: {loaded.listen} in front of {loaded.server}, {_attacks(loaded)}")
+        return
+    prepare(loaded)
+    asyncio.run(_proxy(loaded))
+
+
+async def _worker(config: AdversaryConfig) -> None:
+    surroundings = Surroundings("adversary", config)
+    await surroundings.start()
+    daemon = corrupted(config, surroundings)
+    try:
+        daemon.stop = await stop_event()
+        await daemon.serve()
+    finally:
+        await surroundings.stop()
+        daemon.executor.shutdown(wait=False, cancel_futures=True)
+
+
+def corrupted(config: AdversaryConfig, surroundings: Surroundings) -> Daemon:
+    """The daemon of a corrupted cohort."""
+
+    def make(task: Task) -> CorruptedCohort:
+        return CorruptedCohort(config, task, daemon.executor, surroundings.metrics)
+
+    daemon = Daemon(config, config.workers, make, surroundings)
+    return daemon
+
+
+class ProxyServer:
+    """The proxy as a process: listening, until stopped."""
+
+    def __init__(self, config: ProxyConfig) -> None:
+        self.config = config
+        self.port = 0
+        self.surroundings = Surroundings("proxy", config)
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix="narses-tensor")
+
+    async def start(self) -> None:
+        """Listen. ConfigError if an address cannot be used."""
+        await self.surroundings.start()
+        metrics = self.surroundings.metrics
+        self._proxy = Proxy(self.config, self._executor, metrics)
+        self._server = grpc.aio.server(interceptors=server_interceptors(metrics), options=SERVER_OPTIONS)
+        self._server.add_generic_rpc_handlers((self._proxy.handler(),))
+        try:
+            self.port = self._server.add_insecure_port(self.config.listen)
+        except RuntimeError:
+            self.port = 0
+        if self.port == 0:
+            raise ConfigError(
+                f"listen = {self.config.listen}: the address cannot be used (taken, or not of this machine); "
+                f"choose another port, or port 0 for a free one"
+            )
+        await self._server.start()
+        for service in (SERVICE, READINESS):
+            await self.surroundings.health.set(service, True)
+        log.info("listening", address=self.config.listen, port=self.port, **self.surroundings.ports)
+
+    async def stop(self) -> None:
+        """Let the streams in progress end for a moment, then cut them."""
+        await self.surroundings.health.drain()
+        if self.port:
+            await self._server.stop(STOP_GRACE_SECONDS)
+            await self._proxy.close()
+        await self.surroundings.stop()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        log.info("stopped")
+
+
+async def _proxy(config: ProxyConfig) -> None:
+    server = ProxyServer(config)
+    try:
+        await server.start()
+        stop = await stop_event()
+        await stop.wait()
+        log.info("draining", at_most_seconds=STOP_GRACE_SECONDS)
+    finally:
+        await server.stop()
+
+
+def _attacks(config: Attacking) -> str:
+    names = [entry.plan.name for entry in config.plans.entries]
+    return f"attacks {', '.join(names)}" if names else "honest: no attack configured"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    launch(app)

@@ -1,0 +1,85 @@
+"""Configuration of the adversary: where it stands, and what it does in which run."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from narses.config import Config
+from narses.observe.process import address, is_loopback
+from narses_adversary.plan import Plan, Schedule
+from narses_worker.config import ClientConfig, WorkerConfig, parse_ids
+
+Table = dict[str, Any]
+
+
+class Attacking(Config):
+    """Either [attack], in force in every run, or [[schedule]] entries {runs = glob, attack = table}; none: honest.
+
+    seed: of the adversary's own randomness (members chosen per round, noise). trusted imports: this is one's own file.
+    """
+
+    attack: Table | None = None
+    schedule: tuple[Table, ...] = ()
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @field_validator("attack", mode="before")
+    @classmethod
+    def _table(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.attack is not None and self.schedule:
+            raise ValueError(
+                "attack and schedule are both there; expected one: attack holds in every run, schedule picks by name"
+            )
+        _ = self.plans
+        return self
+
+    @cached_property
+    def plans(self) -> Schedule:
+        """Every entry built; ConfigError in one sentence."""
+        if self.attack is not None:
+            return Schedule.of([{"runs": "*", "attack": self.attack}], source="attack")
+        return Schedule.of(list(self.schedule))
+
+    def plan_for(self, run_name: str) -> Plan | None:
+        """The plan for a run, None where the adversary stays honest."""
+        return self.plans.plan_for(run_name)
+
+
+class AdversaryConfig(WorkerConfig, Attacking):
+    """adversary.toml: a daemon that trains for its `workers` like an honest one and lies as the plan says."""
+
+
+class ProxyConfig(ClientConfig, Attacking):
+    """proxy.toml: stands between some daemons and the server; daemons name `listen` as their server.
+
+    workers: whose updates it may rewrite; null: all that pass. It never touches others.
+    """
+
+    listen: str = "127.0.0.1:50061"
+    workers: tuple[int, ...] | None = None
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _ids(cls, value: Any) -> Any:
+        return value if value is None else parse_ids(value)
+
+    @model_validator(mode="after")
+    def _listens(self) -> Self:
+        host, _ = address(self.listen)
+        if not is_loopback(host) and not self.insecure_remote:
+            raise ValueError(
+                f"listen = {self.listen} is reachable from other machines in plaintext; set insecure_remote = true to accept "
+                f"that, or listen on 127.0.0.1"
+            )
+        return self

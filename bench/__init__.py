@@ -1,0 +1,1 @@
+"""Repeatable measurements with one result format: `python -m bench` runs them all, `python -m bench push` one."""
