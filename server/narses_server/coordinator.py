@@ -15,14 +15,14 @@ import structlog
 import torch
 from torch import Tensor
 
-from narses import datasets, rules
+from narses import datasets, flat, rules
 from narses.rpc.convert import table_to_wire
 from narses.rules import Context
 from narses.task import Task
 from narses.updates import Updates
 from narses_server.config import RunConfig
 from narses_server.matrix import UpdateMatrix
-from narses_server.model import Optimizer, initial_parameters, payload
+from narses_server.model import Optimizer, initial_model, payload
 from narses_server.published import Published
 from narses_server.round import Decision, Policy, Round, Step, Verdict
 from narses_server.scoreboard import Scoreboard
@@ -62,7 +62,8 @@ class Run:
         self.config = config
         self._watch = watch
         dataset = datasets.load(datasets.make(config.task.dataset, trusted=True), data_dir)
-        self._parameters_D, layout = initial_parameters(config.task, dataset)
+        module = initial_model(config.task, dataset)
+        self._parameters_D = flat.flatten(module).contiguous()
         self.task = Task(
             run_id=secrets.token_bytes(16),
             run_name=config.name,
@@ -75,7 +76,7 @@ class Run:
             seed=config.task.seed,
             learning_rate=config.optimizer.schedule,
             dimension=len(self._parameters_D),
-            layout=layout,
+            layout=flat.layout_hash(module),
             chunk_bytes=config.task.chunk_bytes,
             digest=config.task.digest,
         )
@@ -101,7 +102,7 @@ class Run:
         self._drain_at: float | None = None
         self._changed = asyncio.Event()  # something the open round's decision depends on
         self._newer = asyncio.Event()  # replaced at every publication; set when a newer one exists
-        self._scores = Scoreboard(config, data_dir=data_dir, device=device, output=output, watch=watch)
+        self._scores = Scoreboard(config, module, data_dir=data_dir, device=device, output=output, watch=watch)
 
     # -- what the service asks -------------------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class Run:
             "seconds": round(time.monotonic() - started, 3),
             "digest": published.digest.hex(),
         }
-        summary = await self._scores.finish(summary)
+        summary = await self._scores.finish(summary, self._parameters_D)
         self._watch.run_ended(completed=outcome == "completed")
         return summary
 
@@ -290,7 +291,7 @@ class Run:
         """In the executor: the rule, the step, the encoding of the next round's parameters."""
         clock = [time.perf_counter()]
         matrix_ND = torch.from_numpy(self.matrix.rows_ND)
-        updates = Updates.of(matrix_ND, rows=None if len(rows) == self.task.n else list(rows))
+        updates = Updates.of(matrix_ND, rows=None if len(rows) == self.task.n else list(rows), finite=True)
         context = Context(
             round=index,
             parameters_D=self._parameters_D,

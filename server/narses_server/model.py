@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from narses import flat, models
 from narses.datasets import Dataset
-from narses.rpc.digest import digest
 from narses_server.config import OptimizerConfig, TaskConfig
 
 
@@ -37,17 +36,17 @@ class Optimizer:
         parameters_D.add_(step_D)
 
 
-def initial_parameters(task: TaskConfig, dataset: Dataset) -> tuple[Tensor, bytes]:
-    """The run's first parameters (D,) and the layout hash, from the task's seed."""
-    module = models.make(task.model, trusted=True).build(dataset.shape, dataset.classes, task.seed)
-    return flat.flatten(module).contiguous(), flat.layout_hash(module)
+def initial_model(task: TaskConfig, dataset: Dataset) -> nn.Module:
+    """The run's model with its first parameters, from the task's seed."""
+    return models.make(task.model, trusted=True).build(dataset.shape, dataset.classes, task.seed)
+
+
+def named(parameters_D: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    """The parameters (D,) as the model's own tensors: name -> fresh tensor. `module` is overwritten."""
+    flat.write(parameters_D, module)
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def payload(parameters_D: Tensor) -> memoryview:
     """The parameters' bytes as they travel: little-endian float32."""
     return parameters_D.numpy().view("uint8").data
-
-
-def parameters_digest(parameters_D: Tensor, algorithm: str) -> bytes:
-    """The digest that a pull's header carries for `parameters_D`."""
-    return digest(algorithm, payload(parameters_D))

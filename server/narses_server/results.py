@@ -1,4 +1,4 @@
-"""What a run leaves behind: rounds.jsonl, one line per round, and summary.json."""
+"""What a run leaves behind: rounds.jsonl, one line per round; final.safetensors and best.safetensors; summary.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from narses.errors import ConfigError
+from narses_server.model import named
 
 
 class Results:
@@ -26,6 +30,13 @@ class Results:
         """Append one round; buffered, so the disk is touched once in many rounds."""
         if self._rounds is not None:
             self._rounds.write(json.dumps(line) + "\n")
+
+    def model(self, name: str, parameters_D: Tensor, module: nn.Module) -> None:
+        """Write the parameters as `name`.safetensors under the model's own names; `module` is overwritten."""
+        if self._folder is not None:
+            partial = self._folder / f"{name}.safetensors.partial"
+            save_file(named(parameters_D, module), partial)
+            partial.replace(self._folder / f"{name}.safetensors")
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, whole or not at all, and close."""

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from torch import Tensor
+from torch import Tensor, nn
 
 from narses_server.config import RunConfig
 from narses_server.evaluate import Evaluation, Evaluator
-from narses_server.model import payload
 from narses_server.results import Results
 from narses_server.watch import Watch
 
@@ -27,9 +26,18 @@ class Scoreboard:
     """Evaluations, the best parameters, and one line per round. Evaluation runs beside the next round, in the executor."""
 
     def __init__(
-        self, config: RunConfig, *, data_dir: Path | None, device: str, output: Path | None, watch: Watch
+        self,
+        config: RunConfig,
+        module: nn.Module,
+        *,
+        data_dir: Path | None,
+        device: str,
+        output: Path | None,
+        watch: Watch,
     ) -> None:
+        """module: the model, for the names of its parameters; it is overwritten."""
         self._config = config
+        self._module = module
         self._watch = watch
         self._every = config.evaluate.every if config.evaluate is not None else 0
         self._evaluator = (
@@ -40,7 +48,7 @@ class Scoreboard:
         self._results = Results(output / config.name if output is not None else None)
         self._evaluations: dict[int, Evaluation] = {}
         self._running: asyncio.Task[None] | None = None
-        self.best: tuple[float, int, bytes] | None = None  # accuracy, round, parameters
+        self.best: tuple[float, int, Tensor] | None = None  # accuracy, round, parameters
 
     def start(self, executor: Executor) -> None:
         """The first round is about to open."""
@@ -64,7 +72,7 @@ class Scoreboard:
         if self._running is not None:
             await self._running
         if after not in self._evaluations:
-            await self._evaluate(after, parameters_D)
+            await self._evaluate(after, parameters_D.clone())
 
     async def _evaluate(self, after: int, parameters_D: Tensor) -> None:
         if self._evaluator is None:
@@ -74,7 +82,7 @@ class Scoreboard:
         evaluation = await loop.run_in_executor(self._executor, self._evaluator, parameters_D)
         self._evaluations[after] = evaluation
         if self.best is None or evaluation.accuracy > self.best[0]:
-            self.best = (evaluation.accuracy, after, bytes(payload(parameters_D)))
+            self.best = (evaluation.accuracy, after, parameters_D)
         self._watch.evaluated(evaluation.accuracy, evaluation.loss, time.perf_counter() - begun)
         log.info(
             "evaluated",
@@ -105,8 +113,8 @@ class Scoreboard:
         )
         self._progress_at, self._progress_round = now, done
 
-    async def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Complete `summary` with the accuracies, write it, log it."""
+    async def finish(self, summary: dict[str, Any], parameters_D: Tensor) -> dict[str, Any]:
+        """Complete `summary` with the accuracies, write it and the trained model, log it."""
         last = self._evaluations.get(summary["rounds"])
         scores = {
             "final_accuracy": None if last is None else last.accuracy,
@@ -120,9 +128,15 @@ class Scoreboard:
             "accuracy": [[after, evaluation.accuracy] for after, evaluation in sorted(self._evaluations.items())],
             "config": self._config.model_dump(mode="json"),
         }
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._results.finish, whole)
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._write, whole, parameters_D)
         log.info("run finished", **summary, **scores)
         return whole
+
+    def _write(self, summary: dict[str, Any], parameters_D: Tensor) -> None:
+        self._results.model("final", parameters_D, self._module)
+        if self.best is not None:
+            self._results.model("best", self.best[2], self._module)
+        self._results.finish(summary)
 
 
 def _finite(value: float) -> float | None:

@@ -92,9 +92,9 @@ class Service:
         try:
             while self._run is None or self._run.over:
                 if self._over is not None:
-                    yield pb.JoinResponse(notice=self._over)
                     self._told.update(request.workers)
                     self._wake()
+                    yield pb.JoinResponse(notice=self._over)
                     return
                 if not await self._change():
                     yield pb.JoinResponse(notice=pb.Notice(kind=pb.NOTICE_KIND_WAITING, message="no run is open yet"))

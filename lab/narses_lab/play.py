@@ -1,0 +1,63 @@
+"""One set of daemons plays every run of the demo."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from narses_lab import demo as plan
+from narses_lab.demo import Demo
+from narses_lab.processes import Event, Fleet
+from narses_lab.toml import dumps
+
+SILENCE_SECONDS = 60.0
+"""Longest time without a word from the server: it reports twice a second once rounds are played."""
+
+
+async def play(demo: Demo, folder: Path, watch: Callable[[Event], None]) -> list[str]:
+    """Run the demo in `folder`, hand every event to `watch`; returns the command lines of the daemons.
+
+    Raises DaemonError when one of them ends early or the server falls silent. However this ends, so have they.
+    """
+    loop = asyncio.get_running_loop()
+    me = asyncio.current_task()
+    assert me is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, me.cancel)
+    runs = sum(1 for _ in demo.cells())
+    async with Fleet(folder) as fleet:
+        server = await fleet.start("server", "narses-server")
+        proxy = await fleet.start("proxy", "narses-adversary", "proxy")
+        adversary = await fleet.start("adversary", "narses-adversary", "worker")
+        honest = [await fleet.start(name, "narses-worker") for name in plan.HONEST]
+        await server.configure(dumps(demo.server()))
+        running, finished = set(fleet.daemons), 0
+        silent_at = loop.time() + SILENCE_SECONDS
+        while running:
+            try:
+                event = await fleet.next(silent_at)
+            except TimeoutError:
+                raise fleet.silent(SILENCE_SECONDS) from None
+            watch(event)
+            if event.daemon == "server":
+                silent_at = loop.time() + SILENCE_SECONDS
+            match event:
+                case Event("server", "listening"):
+                    address = f"127.0.0.1:{event.fields['port']}"
+                    await proxy.configure(dumps(plan.proxy(address)))
+                    await adversary.configure(dumps(plan.adversary(address)))
+                case Event("proxy", "listening"):
+                    address = f"127.0.0.1:{event.fields['port']}"
+                    for daemon in honest:
+                        await daemon.configure(dumps(plan.worker(daemon.name, address)))
+                case Event("server", "run finished"):
+                    finished += 1
+                case Event(_, "exited"):
+                    running.discard(event.daemon)
+                    if event.fields["code"] != 0 or finished < runs:
+                        raise fleet.ended_badly(event)
+                    if event.daemon == "server":
+                        proxy.signal(kill=False)
+    return [daemon.command for daemon in fleet.daemons.values()]
