@@ -22,8 +22,11 @@ class Attacking(Config):
     """
 
     attack: Table | None = None
+    """In force in every run: a table of narses_adversary.attacks with start_round, stop_round, members, f_real."""
     schedule: tuple[Table, ...] = ()
+    """[[schedule]]: runs = a glob over run names, attack = a table; the first match decides, none: honest."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the adversary's own randomness: members chosen per round, noise."""
 
     @field_validator("attack", mode="before")
     @classmethod
@@ -67,7 +70,9 @@ class ProxyConfig(ClientConfig, Attacking):
     """
 
     listen: str = "127.0.0.1:50061"
+    """host:port for the daemons, which name it as their server; port 0 takes a free one."""
     workers: tuple[int, ...] | None = None
+    """Whose updates may be rewritten; absent: all that pass."""
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -18,7 +18,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 class Config(BaseModel):
     """Base of every configuration table: unknown keys, wrong types, later changes, and TOML's inf and nan are errors."""
 
-    model_config = ConfigDict(**STRICT, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(**STRICT, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @classmethod
     def of(cls, tree: Mapping[str, Any], source: str = "configuration") -> Self:

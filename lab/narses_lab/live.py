@@ -58,7 +58,9 @@ class Board:
             case "run finished":
                 self.finished += 1
                 if event.fields["final_accuracy"] is not None and self.cell is not None:
-                    self.finals.setdefault((self.cell.rule, self.cell.attack), []).append(event.fields["final_accuracy"])
+                    self.finals.setdefault((self.cell.rule, self.cell.attack), []).append(
+                        event.fields["final_accuracy"]
+                    )
 
     def _open(self, cell: Cell) -> None:
         if self.cell is None:
@@ -100,7 +102,9 @@ class View(Protocol):
     """Something that shows a board; a context manager, so that the terminal is itself again afterwards."""
 
     def __enter__(self) -> Self: ...
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
     def show(self, event: Event) -> None:
         """Called after the board has taken `event` into account."""
         ...
@@ -108,7 +112,9 @@ class View(Protocol):
 
 def view_of(board: Board, console: Console) -> View:
     """The live view if `console` is a terminal, else the plain one."""
-    return LiveView(board, console) if console.is_terminal and not console.is_dumb_terminal else PlainView(board, console)
+    return (
+        LiveView(board, console) if console.is_terminal and not console.is_dumb_terminal else PlainView(board, console)
+    )
 
 
 class LiveView:
@@ -144,7 +150,9 @@ class LiveView:
             head.append(f", about {clock(board.left)} left")
         total = len(board.cells) * board.rounds
         done = board.finished * board.rounds + (board.round if board.round < board.rounds else 0)
-        return Group(head, ProgressBar(total=total, completed=done, width=72), Text(), self._now(), Text(), self._table())
+        return Group(
+            head, ProgressBar(total=total, completed=done, width=72), Text(), self._now(), Text(), self._table()
+        )
 
     def _now(self) -> RenderableType:
         board, cell = self._board, self._board.cell
@@ -183,7 +191,9 @@ class PlainView:
         self._print(f"{self._board.phase} ...")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
     def show(self, event: Event) -> None:
@@ -204,7 +214,9 @@ class PlainView:
                     self._progress()
             case "progress":
                 if board.elapsed - self._line_at >= LINE_SECONDS:
-                    self._progress(f" {board.speed:.0f} rounds/s selected {board.chosen()} refused {board.turned_away()}")
+                    self._progress(
+                        f" {board.speed:.0f} rounds/s selected {board.chosen()} refused {board.turned_away()}"
+                    )
             case "run finished":
                 fields = event.fields
                 self._print(

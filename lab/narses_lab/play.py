@@ -9,6 +9,7 @@ from pathlib import Path
 
 from narses_lab import demo as plan
 from narses_lab.demo import Demo
+from narses_lab.errors import DaemonError
 from narses_lab.processes import Event, Fleet
 from narses_lab.toml import dumps
 
@@ -27,6 +28,7 @@ async def play(demo: Demo, folder: Path, watch: Callable[[Event], None]) -> list
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, me.cancel)
     runs = sum(1 for _ in demo.cells())
+    attacked: set[tuple[str, str]] = set()
     async with Fleet(folder) as fleet:
         server = await fleet.start("server", "narses-server")
         proxy = await fleet.start("proxy", "narses-adversary", "proxy")
@@ -58,6 +60,12 @@ async def play(demo: Demo, folder: Path, watch: Callable[[Event], None]) -> list
                     running.discard(event.daemon)
                     if event.fields["code"] != 0 or finished < runs:
                         raise fleet.ended_badly(event)
-                    if event.daemon == "server":
-                        proxy.signal(kill=False)
+                    if running == {proxy.name}:
+                        proxy.signal(kill=False)  # only now: it carried the others' farewells
+                case Event(_, "attack"):
+                    attacked.add((event.fields["run"], event.daemon))
+    for cell in demo.cells():
+        attacker = plan.ATTACKS[cell.attack].daemon
+        if attacker and (cell.name, attacker) not in attacked:
+            raise DaemonError(f"run {cell.name}: {attacker} never said that it attacks, so the results mean nothing")
     return [daemon.command for daemon in fleet.daemons.values()]

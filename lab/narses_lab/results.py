@@ -141,13 +141,16 @@ def _collapse(table: dict[tuple[str, str], Summary]) -> Verdict:
     clean, attacked = table.get(("mean", "none")), table.get(("mean", "ipm"))
     if clean is None or attacked is None:
         return Verdict(claim, "the mean was not played", None)
-    lost = 100 * (clean.final.mean - attacked.final.mean)
-    measured = f"{100 * clean.final.mean:.1f} % without attack, {100 * attacked.final.mean:.1f} % under IPM: {lost:.1f} points lost"
+    before, after = 100 * clean.final.mean, 100 * attacked.final.mean
+    lost = before - after
+    measured = f"{before:.1f} % without attack, {after:.1f} % under IPM: {lost:.1f} points lost"
     return Verdict(claim, measured, lost >= COLLAPSE_POINTS)
 
 
 def _defence(table: dict[tuple[str, str], Summary]) -> Verdict:
-    claim = f"some robust rule ends, under every attack, at most {CLOSE_POINTS:.0f} points below the mean without attack"
+    claim = (
+        f"some robust rule ends, under every attack, at most {CLOSE_POINTS:.0f} points below the mean without attack"
+    )
     clean = table.get(("mean", "none"))
     lost = {
         rule: max(100 * (clean.final.mean - table[rule, attack].final.mean) for attack in ATTACKS if attack != "none")

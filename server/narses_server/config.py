@@ -31,15 +31,22 @@ def _table(value: Any) -> Any:
 
 
 class TaskConfig(Config):
-    """[task]: what the workers train. model, dataset: a name or a table with a name."""
+    """[task]: what the workers train."""
 
     model: Table
+    """The model: a name or a table of narses.models."""
     dataset: Table
+    """The data set: a name or a table of narses.datasets."""
     partition: Literal["shards", "iid"] = "shards"
+    """n disjoint equal shards with batches in order, or batches drawn from the whole set with replacement."""
     batch: PositiveInt
+    """Samples per update."""
     seed: int = Field(default=1, ge=0, lt=2**63)
+    """Of the first parameters and of every batch; the same seed gives the same run."""
     chunk_bytes: int = Field(default=1 << 20, ge=1 << 10, le=4 << 20)
+    """Payload bytes per message."""
     digest: Literal["blake3", "sha256"] = "blake3"
+    """Hash of every payload; sha256 is several times slower."""
 
     _names = field_validator("model", "dataset", mode="before")(_table)
 
@@ -51,19 +58,24 @@ class TaskConfig(Config):
 
 
 class RoundConfig(Config):
-    """[round]: n updates per round of which f may be Byzantine, the rule, and when a round may close (ARCHITECTURE 5).
-
-    quorum: null means n. deadline: seconds.
-    """
+    """[round]: how many updates, how many liars, which rule, and when a round may close."""
 
     n: int = Field(ge=1, le=4096)
+    """Logical workers, ids 0 to n-1: updates expected per round."""
     f: NonNegativeInt = 0
+    """Byzantine ones among them that the rule must tolerate."""
     rule: Table = Field(default_factory=lambda: {"name": "mean"})
+    """The aggregation rule: a name or a table of narses.rules, or an import string "module:Class"."""
     rounds: PositiveInt
+    """Rounds until the run is finished."""
     quorum: PositiveInt | None = None
+    """Updates with which a round may close at its deadline; absent: n."""
     deadline: PositiveFloat = 60.0
+    """Seconds from opening a round to its deadline."""
     absent: Literal["refuse", "byzantine"] = "refuse"
+    """"refuse" calls the rule with the present updates and the declared f; "byzantine" counts absent ones among the f."""
     on_deadline: Literal["wait", "skip"] = "wait"
+    """Without a usable quorum: wait for another deadline, or close the round without a step."""
 
     _names = field_validator("rule", mode="before")(_table)
 
@@ -111,9 +123,13 @@ class OptimizerConfig(Config):
     """[optimizer]: v <- momentum v - eta(t) (aggregate + l2 w); w <- w + v; eta(t) = learning_rate r / (t + r), r = fading."""
 
     learning_rate: PositiveFloat
+    """eta(0)."""
     fading: PositiveFloat | None = None
+    """r of eta(t) = eta(0) r / (t + r); absent: constant."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of the server, after aggregation."""
     l2: NonNegativeFloat = 0.0
+    """L2 penalty, added to the aggregate as l2 w."""
 
     @property
     def schedule(self) -> LearningRate:
@@ -125,6 +141,7 @@ class EvaluateConfig(Config):
     """[evaluate]: test accuracy every `every` rounds and at the end. Without this section nothing is evaluated."""
 
     every: PositiveInt = 5
+    """Rounds between evaluations; the last parameters are always evaluated."""
 
 
 class RunConfig(Config):
@@ -148,16 +165,27 @@ class ServerConfig(Config):
     """server.toml. Without [[runs]] the base sections are the one run; each [[runs]] table is laid over them, in order."""
 
     listen: str = "127.0.0.1:50051"
+    """host:port for daemons; port 0 takes a free one and the log says which."""
     insecure: bool = False
+    """Accept plaintext connections. Required in this version: there is nothing else yet."""
     insecure_remote: bool = False
+    """Accept plaintext from other machines too."""
     output: Path | None = None
+    """Folder for results, one folder per run inside; absent: none are kept."""
     data_dir: Path | None = None
+    """Where data sets lie; absent: NARSES_DATA_DIR, else ~/.cache/narses/data."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Where the model is evaluated."""
     start_timeout: PositiveFloat = 60.0
+    """Seconds to wait for all n workers before the first round opens without them."""
     drain_timeout: PositiveFloat = 10.0
+    """Seconds the open round may still take after SIGTERM."""
     keep_large_blocks: bool = True
+    """Tune the allocator at start (glibc): large blocks are kept, so that big messages are not faulted in again."""
     memory_limit_bytes: PositiveInt | None = None
+    """Refuse a run that needs more; absent: what the machine has available."""
     name: str = "run"
+    """Name of the run where there are no [[runs]]; a folder under output."""
     task: TaskConfig
     round: RoundConfig
     optimizer: OptimizerConfig
@@ -166,6 +194,7 @@ class ServerConfig(Config):
     health: Endpoint = Endpoint()
     log: LogConfig = LogConfig()
     runs: tuple[Table, ...] = ()
+    """[[runs]]: a name, and [runs.task], [runs.round], ... with what differs from the base sections."""
 
     @field_validator("output", "data_dir", mode="before")
     @classmethod

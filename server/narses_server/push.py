@@ -64,6 +64,8 @@ class PushStream:
                 while (frame := await read()) is not grpc.aio.EOF:
                     idle.reschedule(loop.time() + IDLE_SECONDS)
                     await self._frame(frame)
+            if self._update is not None and not self._update.decided:
+                await self._decide(Verdict("INCOMPLETE", "the stream ended before the update's trailer; send again"))
         except TimeoutError:
             raise refused("INCOMPLETE", f"no frame came for {IDLE_SECONDS:.0f} s; send again") from None
         finally:
@@ -102,6 +104,8 @@ class PushStream:
 
     def _admit(self, header: pb.UpdateHeader) -> Verdict:
         run, expected = self._run, self._run.matrix.row_bytes
+        if run.sessions.find(self._session.token) is None:
+            return Verdict("NO_SESSION", "the session has ended; join again")
         if header.worker not in self._session.workers:
             return Verdict("UNKNOWN_WORKER", f"worker {header.worker} does not belong to this session")
         if header.run_id != run.task.run_id:
@@ -147,6 +151,8 @@ class PushStream:
         assert update.writer is not None
         if update.writer.superseded:
             return Verdict("SUPERSEDED", "a newer push of this worker took over")
+        if self._run.sessions.find(self._session.token) is None:
+            return Verdict("NO_SESSION", "the session ended before the update's trailer; join again")
         if not update.intake.complete:
             return Verdict("WRONG_LENGTH", f"{update.intake.received} of {header.byte_length} announced bytes came")
         digest = update.intake.digest()
@@ -188,7 +194,7 @@ class PushStream:
                 why=verdict.message,
                 peer=self._session.peer,
             )
-            if mine:
+            if mine and update.header.round == self._run.current_round:
                 self._run.refused_this_round[worker] = verdict.reason
 
     async def _broken(self, message: str) -> RefusedError:

@@ -111,6 +111,9 @@ class Service:
                 yield pb.JoinResponse(task=task_to_wire(run.task), session=session.token)
                 while self._run is run and run.sessions.find(session.token) is not None:
                     await self._change()
+                if self._over is not None:
+                    self._told.update(session.workers)
+                    self._wake()
                 yield pb.JoinResponse(notice=self._farewell(run, session))
             finally:
                 self._sessions.pop(session.token, None)
@@ -125,6 +128,7 @@ class Service:
         try:
             run, _ = await self._session(context, "pull")
             if request.run_id != run.task.run_id:
+                self._watch.pulled("denied")
                 await _abort(context, refused("UNKNOWN_RUN", "the pull is for another run than the session"))
             after = request.after_round if request.HasField("after_round") else None
             try:

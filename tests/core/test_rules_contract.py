@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,26 @@ def claiming(claimed: Property) -> Any:
 def test_every_registry_entry_is_tested() -> None:
     assert VARIANTS.keys() == RULES.keys() == oracle.ORACLES.keys()
     assert all({} in variants for variants in VARIANTS.values())
+
+
+def test_the_documented_table_of_claims_is_the_rules_own() -> None:
+    page = Path(__file__).parents[2] / "docs" / "adding-a-rule.md"
+    rows = [line.strip("|").split("|") for line in page.read_text().splitlines() if line.startswith("| `")]
+    order = [
+        {Property.PERMUTATION},
+        {Property.TRANSLATION, Property.SCALING},
+        {Property.INPUT_RANGE},
+        {Property.HONEST_RANGE},
+        {Property.HONEST_WIDTH},
+        {Property.IS_INPUT},
+    ]
+
+    documented = {
+        row[0].strip(" `"): set().union(*(claims for claims, cell in zip(order, row[1:], strict=True) if cell.strip()))
+        for row in rows
+    }
+
+    assert documented == {name: set(cls.properties) for name, cls in RULES.items()}  # type: ignore[attr-defined]
 
 
 @every_case

@@ -227,9 +227,8 @@ def test_a_wrong_table_is_refused(table: Any, message: str) -> None:
 
 def test_bulyan_hands_its_norm_to_the_inner_rule() -> None:
     assert Bulyan(p=1.0).inner == Krum(p=1.0)
-    assert make({"name": "bulyan", "p": "inf", "inner": {"name": "krum", "power": 1}}).inner == Krum(
-        p=math.inf, power=1
-    )  # type: ignore[attr-defined]
+    table = {"name": "bulyan", "p": "inf", "inner": {"name": "krum", "power": 1}}
+    assert make(table) == Bulyan(p=math.inf, inner=Krum(p=math.inf, power=1))
     assert rule_table(Bulyan(p=math.inf)) == {"name": "bulyan", "p": "inf"}
     assert rule_table(Bulyan(inner=Krum(neighbours="n-f"))) == {
         "name": "bulyan",

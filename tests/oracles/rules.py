@@ -7,6 +7,7 @@ values to the smaller one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def bulyan(
     return np.array(out), sorted(selected), None
 
 
-ORACLES = {
+ORACLES: dict[str, Callable[..., Result]] = {
     "bulyan": bulyan,
     "krum": krum,
     "mean": mean,

@@ -13,20 +13,24 @@ from narses.observe.process import address, is_loopback
 
 
 class ClientConfig(Config):
-    """How to reach the server, and when to give up. Times are seconds.
-
-    connect_timeout: without an answer for this long the daemon exits. session_timeout: how long a live session of the same
-    worker id is waited for, before the id is taken to be in use elsewhere. push_timeout: for one stream of updates.
-    """
+    """How to reach the server, and when to give up."""
 
     server: str = "127.0.0.1:50051"
+    """host:port of the server, or of a proxy in front of it."""
     insecure: bool = False
+    """Accept a plaintext connection. Required in this version: there is nothing else yet."""
     insecure_remote: bool = False
+    """Accept it to another machine too."""
     connect_timeout: PositiveFloat = 60.0
+    """Seconds without any answer after which the program gives up."""
     session_timeout: PositiveFloat = 20.0
+    """Seconds to wait for a session that is still alive for the same worker id."""
     push_timeout: PositiveFloat = 120.0
+    """Seconds for one stream of updates."""
     drain_timeout: PositiveFloat = 10.0
+    """Seconds the round in progress may still take after SIGTERM."""
     keep_large_blocks: bool = True
+    """Tune the allocator at start (glibc): large blocks are kept, so that big messages are not faulted in again."""
     metrics: Endpoint = Endpoint()
     health: Endpoint = Endpoint()
     log: LogConfig = LogConfig()
@@ -50,15 +54,16 @@ class ClientConfig(Config):
 
 
 class WorkerConfig(ClientConfig):
-    """worker.toml. workers: the logical workers this daemon hosts, as a list or as "0-5,8".
-
-    threads: of torch; updates are computed on one thread whatever this says, so that their bits do not depend on it.
-    """
+    """worker.toml."""
 
     workers: tuple[int, ...]
+    """Logical workers hosted here, as a list or as text such as 0-5,8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where gradients are computed."""
     data_dir: Path | None = None
+    """Where data sets lie; absent: NARSES_DATA_DIR, else ~/.cache/narses/data."""
     threads: PositiveInt = 1
+    """Of torch. Each update is computed on one thread whatever this says, so that its bits do not depend on it."""
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -74,7 +74,8 @@ class Daemon:
                         return True
                     await self._back_off("join", "refused")
                     continue
-                await self._session(joined)
+                if await self._session(joined):
+                    return True
             except SessionLostError as error:
                 await self._back_off("join", "session_lost", error)
             except UnreachableError as error:

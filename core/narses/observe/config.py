@@ -11,9 +11,10 @@ from narses.observe.process import address
 
 
 class Endpoint(Config):
-    """[metrics], [health]: where to listen; listen = "" turns it off. Port 0 takes a free one and the log says which."""
+    """[metrics]: Prometheus over HTTP. [health]: grpc.health.v1, plaintext, on a port of its own."""
 
     listen: str = ""
+    """host:port; empty turns it off, port 0 takes a free one and the log says which."""
 
     @field_validator("listen")
     @classmethod
@@ -24,7 +25,9 @@ class Endpoint(Config):
 
 
 class LogConfig(Config):
-    """[log]: format "console" for people, "json" for machines."""
+    """[log]: on stderr."""
 
     format: Literal["console", "json"] = "console"
+    """"console" for people, "json" (one object per line) for machines."""
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe events that are shown."""

@@ -34,7 +34,7 @@ class Observed(Protocol):
 
 
 def prepare(config: Observed, threads: int = 1) -> None:
-    """Once per process, before any tensor work: logs, allocator, torch threads (OpenMP threads would spin on the loop's core)."""
+    """Once per process, before any tensor work: logs, allocator, torch threads (OpenMP ones would spin on the loop's core)."""
     configure(config.log.format, config.log.level)
     torch.set_num_threads(threads)
     if config.keep_large_blocks:

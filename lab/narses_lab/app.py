@@ -1,0 +1,115 @@
+"""narses: the experimenter's command.
+
+Not built on narses.cli: importing `narses` imports PyTorch, and the demo wants its daemons started before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from narses_lab import outcome
+from narses_lab.demo import ROUNDS, RULES, Demo
+from narses_lab.errors import LabError, OptionError
+from narses_lab.live import Board, view_of
+from narses_lab.play import play
+from narses_lab.processes import Event
+
+EXIT_FAILURE = 1
+EXIT_OPTION = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Experiments with Narses, a Byzantine-robust parameter server.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"narses {metadata.version('narses')}")
+        raise typer.Exit
+
+
+@app.callback()
+def narses(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Experiments with Narses, a Byzantine-robust parameter server."""
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None,
+        typer.Option(help="New or empty folder for the results.", show_default="narses-out/demo-<date>-<time>"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs per cell, each with another seed.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, max=100_000, help="Rounds per run.")] = ROUNDS,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Only this rule ({', '.join(RULES)}); may be repeated.", show_default="all"),
+    ] = None,
+) -> None:
+    """Train with liars among the workers, over real gRPC: rule by rule, attack by attack. Exit code 1 if a margin fails."""
+    begun = time.monotonic() - time.process_time()  # the interpreter's own start and our imports are waiting time too
+    started = datetime.now().astimezone()
+    plan = Demo(seeds=seeds, rounds=rounds, rules=_rules(rule))
+    folder = _folder(output or Path("narses-out") / f"demo-{started:%Y%m%d-%H%M%S}")
+    console = Console(highlight=False)
+    board = Board(plan, begun)
+    try:
+        with view_of(board, console) as view:
+
+            def watch(event: Event) -> None:
+                board.apply(event)
+                view.show(event)
+
+            commands = asyncio.run(play(plan, folder, watch))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        typer.echo("interrupted; every daemon has been ended", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    report = outcome.write(plan, folder, board, commands, started)
+    outcome.show(report, folder, console)
+    if report.failed:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def _rules(names: list[str] | None) -> tuple[str, ...]:
+    for name in names or ():
+        if name not in RULES:
+            raise OptionError(f"--rule {name}: expected one of {', '.join(RULES)}")
+    return tuple(rule for rule in RULES if not names or rule in names)
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        occupied = any(path.iterdir())
+    except OSError as error:
+        raise OptionError(f"--output {path}: cannot be written ({error.strerror}); name another folder") from None
+    if occupied:
+        raise OptionError(f"--output {path}: the folder is not empty; name a new one")
+    return path.resolve()
+
+
+def main() -> None:
+    """Entry point of the console script; an error of the lab is told without a traceback."""
+    try:
+        app()
+    except LabError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_OPTION if isinstance(error, OptionError) else EXIT_FAILURE)

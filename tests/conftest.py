@@ -1,0 +1,21 @@
+"""What every test may rely on: one torch thread (several test processes share few cores), and quiet logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import structlog
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logs() -> Iterator[None]:
+    """A test that configures logging leaves nothing behind for the next one."""
+    yield
+    structlog.reset_defaults()
