@@ -32,12 +32,17 @@ def memory_bytes(pid: int, field: str = "VmHWM") -> int:
 
 
 class Program:
-    """One started process. `log` holds what it logged, with the arrival time under "at"."""
+    """One started process.
+
+    `log` holds what it logged, with the moment ("at", monotonic seconds), its CPU seconds ("cpu") and those of its
+    `companions` ("companions_cpu") at arrival.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self.pid = process.pid
         self.log: list[dict[str, Any]] = []
+        self.companions: list[Program] = []
         self._news = asyncio.Condition()
         self._reading = asyncio.create_task(self._read())
 
@@ -61,8 +66,8 @@ class Program:
                 entry = json.loads(line)
             except ValueError:
                 entry = {"event": line.decode(errors="replace").rstrip(), "level": "unparsed"}
-            entry["at"] = time.monotonic()
-            entry["cpu"] = self.cpu()
+            entry |= {"at": time.monotonic(), "cpu": self.cpu()}
+            entry["companions_cpu"] = sum(other.cpu() for other in self.companions)
             async with self._news:
                 self.log.append(entry)
                 self._news.notify_all()

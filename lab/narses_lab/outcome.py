@@ -61,6 +61,7 @@ def settings(demo: Demo) -> dict[str, Any]:
         "partition": "shards",
         "batch_per_worker": plan.BATCH,
         "learning_rate": plan.LEARNING_RATE,
+        "momentum": plan.MOMENTUM,
         "margins_in_points": {"collapse": plan.COLLAPSE_POINTS, "close": plan.CLOSE_POINTS},
     }
 

@@ -70,7 +70,7 @@ class RoundConfig(Config):
     """Rounds until the run is finished."""
     quorum: PositiveInt | None = None
     """Updates with which a round may close at its deadline; absent: n."""
-    deadline: PositiveFloat = 60.0
+    deadline: float = Field(default=60.0, gt=0, le=1e9)
     """Seconds from opening a round to its deadline."""
     absent: Literal["refuse", "byzantine"] = "refuse"
     """"refuse" calls the rule with the present updates and the declared f; "byzantine" counts absent ones among the f."""

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import structlog
 import torch
-from torch import Tensor
 
 from narses import datasets, flat, rules
 from narses.rpc.convert import table_to_wire
@@ -39,7 +38,6 @@ class Closed(NamedTuple):
     selected: tuple[int, ...] | None  # worker ids used whole by the rule
     norm: float
     seconds: dict[str, float]  # phase -> seconds
-    snapshot_D: Tensor | None  # the new parameters, if they are to be evaluated
 
 
 class Run:
@@ -130,7 +128,9 @@ class Run:
 
     @property
     def current_round(self) -> int:
-        """The index of the published round; 0 before the first."""
+        """The index of the open round; after the last one, the number of rounds played."""
+        if self.round is not None:
+            return self.round.index
         return self.published.round if self.published is not None else 0
 
     def offer(self, worker: int, round_: int, digest: bytes, *, finite: bool) -> Verdict:
@@ -175,34 +175,35 @@ class Run:
             log.warning(warning, run=config.name)
         first = time.monotonic()
         self._scores.start(executor)
-        published: Published = await self._run(self._encode, 0)
-        for index in range(self.task.rounds):
+        newest: Published | None = await self._run(self._encode, 0)
+        last = 0  # rounds played
+        while newest is not None and last < self.task.rounds:
             if self._drain_at is not None:
                 outcome = "drained"
                 break
-            decision = await self._collect(self._open(index, published))
+            decision = await self._collect(self._open(last, newest))
             if decision.step is Step.AGGREGATE:
-                newer = await self._close(index, decision)
-                if newer is None:
-                    outcome = "diverged"
-                    self._watch.failed()
-                    log.warning(
-                        "run ends early", run=config.name, round=index, why="the step made parameters non-finite"
-                    )
-                    break
-                published = newer
+                # Nobody needs the closed round's parameters: their frames go before the next ones are made.
+                newest = self.published = None
+                newest = await self._close(last, decision)
             elif decision.step is Step.SKIP:
-                log.warning("round closed without a step", run=config.name, round=index, why=decision.why)
+                log.warning("round closed without a step", run=config.name, round=last, why=decision.why)
                 self._watch.timed_out()
-                self._scores.line({"round": index, "outcome": "skipped", "why": decision.why})
-                published = dataclasses.replace(published, round=index + 1)
+                self._scores.line({"round": last, "outcome": "skipped", "why": decision.why})
+                newest = dataclasses.replace(newest, round=last + 1)
             else:
                 outcome = "diverged" if decision.step is Step.DIVERGED else "drained"
-                log.warning("run ends early", run=config.name, round=index, why=decision.why)
+                log.warning("run ends early", run=config.name, round=last, why=decision.why)
                 break
+            last += newest is not None
         self.round = None
-        self._publish(dataclasses.replace(published, finished=True))
-        last, seconds = published.round, time.monotonic() - first
+        if newest is None:
+            outcome = "diverged"
+            self._watch.failed()
+            log.warning("run ends early", run=config.name, round=last, why="the step made parameters non-finite")
+            newest = await self._run(self._encode, last)
+        self._publish(dataclasses.replace(newest, finished=True))
+        seconds = time.monotonic() - first
         await self._scores.evaluate(last, self._parameters_D)
         summary = {
             "run": config.name,
@@ -210,7 +211,7 @@ class Run:
             "rounds": last,
             "rounds_per_second": round(last / seconds, 2),
             "seconds": round(time.monotonic() - started, 3),
-            "digest": published.digest.hex(),
+            "digest": newest.digest.hex(),
         }
         summary = await self._scores.finish(summary, self._parameters_D)
         self._watch.run_ended(completed=outcome == "completed")
@@ -283,8 +284,8 @@ class Run:
                 "seconds": round(seconds, 6),
             }
         )
-        if closed.snapshot_D is not None:
-            await self._scores.evaluate_beside(index + 1, closed.snapshot_D)
+        if self._scores.due(index + 1):
+            await self._scores.evaluate_beside(index + 1, self._parameters_D)
         return closed.published
 
     def _aggregate_and_step(self, index: int, rows: tuple[int, ...], f: int) -> Closed:
@@ -303,16 +304,18 @@ class Run:
         self._rule_state = aggregation.state
         norm = float(torch.linalg.vector_norm(aggregation.vector_D, dtype=torch.float64))
         clock.append(time.perf_counter())
-        self._optimizer.step(self._parameters_D, aggregation.vector_D, index)
-        clock.append(time.perf_counter())
-        finite = bool(torch.isfinite(self._parameters_D).all())
-        published = self._encode(index + 1) if finite else None
-        snapshot_D = self._parameters_D.clone() if self._scores.due(index + 1) else None
-        clock.append(time.perf_counter())
         selected = None if aggregation.selected is None else tuple(rows[i] for i in aggregation.selected.tolist())
+        newer_D = self._optimizer.step(self._parameters_D, aggregation.vector_D, index)
+        del aggregation
+        finite = bool(torch.isfinite(newer_D).all())
+        if finite:
+            self._parameters_D = newer_D
+        clock.append(time.perf_counter())
+        published = self._encode(index + 1) if finite else None
+        clock.append(time.perf_counter())
         phases = ("aggregate", "apply", "publish")
         seconds = {phase: b - a for phase, a, b in zip(phases, clock, clock[1:], strict=False)}
-        return Closed(published, selected, norm, seconds, snapshot_D)
+        return Closed(published, selected, norm, seconds)
 
     def _encode(self, round_: int) -> Published:
         return Published.of(round_, payload(self._parameters_D), self.task.digest, self.task.chunk_bytes)

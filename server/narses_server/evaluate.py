@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from narses import datasets, flat, models
@@ -23,7 +24,7 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Pure tensor work on its own copy of the model, for an executor thread: one call at a time, deterministic.
+    """Pure tensor work for an executor thread, deterministic: the model is run on the vector itself, without a copy of it.
 
     The tables are the server's own configuration, so import strings and `download` count.
     """
@@ -35,19 +36,21 @@ class Evaluator:
         data = datasets.load(dataset_table, data_dir, trusted=True)
         self.device = choose_device(device)
         module = models.make(model_table, trusted=True).build(data.shape, data.classes, seed)
-        self._module = module.to(self.device).eval()
+        self._module = module.to("meta").eval()
         self._inputs = data.test_inputs.to(self.device)
         self._labels = data.test_labels.to(self.device)
 
     def __call__(self, parameters_D: Tensor) -> Evaluation:
         """Evaluate a (D,) float32 vector on any device; InputError if the model has another number of parameters."""
-        flat.write(parameters_D, self._module)
+        parameters_D = parameters_D.to(self.device)
+        names = [name for name, _ in self._module.named_parameters()]
+        parameters = dict(zip(names, flat.views(parameters_D, self._module), strict=True))
         correct, loss = 0, 0.0
         with one_thread(), torch.no_grad():
             for inputs, labels_B in zip(
                 torch.split(self._inputs, BATCH), torch.split(self._labels, BATCH), strict=True
             ):
-                logits = self._module(inputs)
+                logits = functional_call(self._module, parameters, inputs)
                 correct += int((logits.argmax(1) == labels_B).sum())
                 loss += float(cross_entropy(logits, labels_B, reduction="sum"))
         return Evaluation(correct / len(self._labels), loss / len(self._labels))

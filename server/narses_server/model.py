@@ -25,15 +25,15 @@ class Optimizer:
         """eta(round_)."""
         return self._schedule.at(round_)
 
-    def step(self, parameters_D: Tensor, aggregate_D: Tensor, round_: int) -> None:
-        """Move `parameters_D` (D,) in place by one step against `aggregate_D` (D,), which is overwritten."""
+    def step(self, parameters_D: Tensor, aggregate_D: Tensor, round_: int) -> Tensor:
+        """The parameters after one step against `aggregate_D` (D,), in that vector's memory; `parameters_D` stays as it is."""
         step_D = aggregate_D
         if self._config.l2:
             step_D.add_(parameters_D, alpha=self._config.l2)
         step_D.mul_(-self.learning_rate(round_))
         if self._velocity_D is not None:
-            step_D = self._velocity_D.mul_(self._config.momentum).add_(step_D)
-        parameters_D.add_(step_D)
+            step_D.copy_(self._velocity_D.mul_(self._config.momentum).add_(step_D))
+        return step_D.add_(parameters_D)
 
 
 def initial_model(task: TaskConfig, dataset: Dataset) -> nn.Module:
@@ -42,9 +42,9 @@ def initial_model(task: TaskConfig, dataset: Dataset) -> nn.Module:
 
 
 def named(parameters_D: Tensor, module: nn.Module) -> dict[str, Tensor]:
-    """The parameters (D,) as the model's own tensors: name -> fresh tensor. `module` is overwritten."""
-    flat.write(parameters_D, module)
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    """The parameters (D,) as the tensors of `module`: name -> view. Only names and shapes of `module` are used."""
+    names = [name for name, _ in module.named_parameters()]
+    return dict(zip(names, flat.views(parameters_D, module), strict=True))
 
 
 def payload(parameters_D: Tensor) -> memoryview:

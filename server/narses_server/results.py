@@ -32,7 +32,7 @@ class Results:
             self._rounds.write(json.dumps(line) + "\n")
 
     def model(self, name: str, parameters_D: Tensor, module: nn.Module) -> None:
-        """Write the parameters as `name`.safetensors under the model's own names; `module` is overwritten."""
+        """Write the parameters as `name`.safetensors under the model's own names."""
         if self._folder is not None:
             partial = self._folder / f"{name}.safetensors.partial"
             save_file(named(parameters_D, module), partial)

@@ -35,9 +35,9 @@ class Scoreboard:
         output: Path | None,
         watch: Watch,
     ) -> None:
-        """module: the model, for the names of its parameters; it is overwritten."""
+        """module: the model, for the names and shapes of its parameters."""
         self._config = config
-        self._module = module
+        self._module = module.to("meta")  # without the memory
         self._watch = watch
         self._every = config.evaluate.every if config.evaluate is not None else 0
         self._evaluator = (
@@ -62,7 +62,7 @@ class Scoreboard:
         return bool(self._every) and after % self._every == 0
 
     async def evaluate_beside(self, after: int, parameters_D: Tensor) -> None:
-        """Start evaluating `parameters_D`; waits only while an earlier evaluation is still running."""
+        """Start evaluating `parameters_D`, which nobody may change; waits only while an earlier evaluation is still running."""
         if self._running is not None:
             await self._running
         self._running = asyncio.create_task(self._evaluate(after, parameters_D))
@@ -72,7 +72,7 @@ class Scoreboard:
         if self._running is not None:
             await self._running
         if after not in self._evaluations:
-            await self._evaluate(after, parameters_D.clone())
+            await self._evaluate(after, parameters_D)
 
     async def _evaluate(self, after: int, parameters_D: Tensor) -> None:
         if self._evaluator is None:

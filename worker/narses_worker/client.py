@@ -120,16 +120,16 @@ class Session:
         """
         request = pb.PullRequest(run_id=self.task.run_id, after_round=after_round)
         method = SERVICE + "Pull"
-        with attempt(self.client, method):
-            call = self.client._pull(request, metadata=self._metadata, timeout=PULL_SECONDS)
-            try:
+        call = self.client._pull(request, metadata=self._metadata, timeout=PULL_SECONDS)
+        try:
+            with attempt(self.client, method):
                 return await self._receive(call)
-            except grpc.aio.AioRpcError as error:
-                raise translated(error, self.client.address) from None
-            except DecodeError:
-                raise NarsesError(f"{self.client.address} sent a Pull frame that cannot be parsed") from None
-            finally:
-                call.cancel()
+        except grpc.aio.AioRpcError as error:
+            raise translated(error, self.client.address) from None
+        except DecodeError:
+            raise NarsesError(f"{self.client.address} sent a Pull frame that cannot be parsed") from None
+        finally:
+            call.cancel()
 
     async def _receive(self, call: Any) -> Pulled:
         first = await call.read()
@@ -256,12 +256,12 @@ class Push:
 
     async def finish(self) -> list[pb.PushResponse]:
         """No more updates: every verdict, in order of decision."""
-        with attempt(self._session.client, SERVICE + "Push"):
-            try:
+        try:
+            with attempt(self._session.client, SERVICE + "Push"):
                 await self._call.done_writing()
                 return await self._verdicts
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                raise await ended(self._call, self._session.client.address) from None
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            raise await ended(self._call, self._session.client.address) from None
 
 
 def attempt(client: Client, method: str) -> Any:

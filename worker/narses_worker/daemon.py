@@ -44,13 +44,12 @@ class Daemon:
         self.metrics: Metrics = surroundings.metrics
         self.executor: Executor = ThreadPoolExecutor(2, thread_name_prefix="narses-tensor")
         self._make = make
-        self._heard = time.monotonic()  # when the server last answered
+        self._failing = ("", 0.0)  # how, and since when, nothing works
         self._failures = 0
         self._playing: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
         """Until there is nothing left to do."""
-        self._heard = time.monotonic()
         stopping = asyncio.create_task(self._cut_on_stop())
         try:
             while not self.stop.is_set():
@@ -67,7 +66,7 @@ class Daemon:
                 joined = await self._unless_stopped(client.join(self.workers, f"narses {metadata.version('narses')}"))
                 if joined is None:
                     return True
-                self._heard = time.monotonic()
+                self._failing = ("", 0.0)
                 if not isinstance(joined, Session):
                     log.info("nothing to do", server=self.config.server, notice=joined.message)
                     if joined.kind in LAST_NOTICES:
@@ -79,7 +78,7 @@ class Daemon:
             except SessionLostError as error:
                 await self._back_off("join", "session_lost", error)
             except UnreachableError as error:
-                if time.monotonic() - self._heard > self.config.connect_timeout:
+                if self._failing_for("unreachable") > self.config.connect_timeout:
                     raise UnreachableError(
                         f"no server answered at {self.config.server} for {self.config.connect_timeout:.0f} s ({error}); check "
                         f"the address and that the server runs"
@@ -87,14 +86,19 @@ class Daemon:
                 await self._back_off("join", "unreachable", error)
                 return False
             except RefusedError as error:
-                patience = self.config.session_timeout
-                if error.reason != "SESSION_ALIVE" or time.monotonic() - self._heard > patience:
+                if error.reason == "SESSION_ALIVE":
+                    if self._failing_for("alive") > self.config.session_timeout:
+                        raise
+                elif error.reason not in REFUSALS or REFUSALS[error.reason].action == "stop":
                     raise
                 await self._back_off("join", "refused", error)
         return True
 
-    async def _session(self, session: Session) -> None:
-        """Play one run. Raises SessionLostError or UnreachableError when the session breaks before the run ends."""
+    async def _session(self, session: Session) -> bool:
+        """Play one run; True if the server said that it was the last one.
+
+        Raises SessionLostError or UnreachableError when the session breaks before the run ends.
+        """
         task = session.task
         log.info("joined", run=task.run_name, workers=list(self.workers), dimension=task.dimension)
         self.metrics.set("narses_worker_connected", len(self.workers))
@@ -104,18 +108,17 @@ class Daemon:
             producer = await loop.run_in_executor(self.executor, self._make, task)
             self._playing = asyncio.create_task(self._play(session, producer))
             await asyncio.wait({self._playing, session.notice}, return_when=asyncio.FIRST_COMPLETED)
-            if not self._playing.done() and session.notice.exception() is None:
+            if not self._playing.done() and _told(session.notice):
                 log.info("notice", run=task.run_name, notice=session.notice.result().message)
                 # The run's last parameters are still on their way to the pull that waits for them.
                 await asyncio.wait({self._playing}, timeout=self.config.drain_timeout)
-            if self._playing.done():
-                self._playing.result()
-            else:
+            if not self._playing.done():
                 session.notice.result()  # raises why the session broke
+            elif not self._playing.cancelled():  # as it is when drain_timeout is over
+                self._playing.result()
         except SessionLostError:
-            if session.notice.done() and session.notice.exception() is None:
-                return  # the run ended between two calls
-            raise
+            if not _told(session.notice):
+                raise  # else the run ended between two calls
         finally:
             if self._playing is not None:
                 self._playing.cancel()
@@ -124,21 +127,19 @@ class Daemon:
             session.close()
             self.metrics.set("narses_worker_connected", 0)
             await self.surroundings.health.set(READINESS, False)
+        return _told(session.notice) and session.notice.result().kind in LAST_NOTICES
 
     async def _play(self, session: Session, producer: Producer) -> None:
         """Round after round until the run is finished or the daemon stops."""
         after: int | None = None
         while True:
             begun = time.perf_counter()
-            pulled = await session.pull(after)
-            self._heard = time.monotonic()
-            header = pulled.header
-            if header.finished or self.stop.is_set():
-                log.info(
-                    "run finished" if header.finished else "stopping", run=session.task.run_name, round=header.round
-                )
+            pulled: Pulled | None = await self._unless_stopped(session.pull(after))
+            if pulled is None or pulled.header.finished:
+                log.info("stopping" if pulled is None else "run finished", run=session.task.run_name, round=after)
                 await session.leave()
                 return
+            header = pulled.header
             if header.not_modified:
                 continue
             self.metrics.set("narses_worker_round", header.round)
@@ -147,7 +148,8 @@ class Daemon:
             again = self._settle(session, verdicts)
             if again:
                 verdicts = await self._push_round(session, producer, pulled, again)
-                self._settle(session, verdicts)
+                if self._settle(session, verdicts):
+                    raise UnreachableError(f"{self.config.server}: updates are damaged on the way, twice in a row")
             after = header.round
 
     async def _push_round(
@@ -164,7 +166,7 @@ class Daemon:
             begun = time.perf_counter()
             verdicts = await push.finish()
             self._phase("push", begun)
-        self._heard, self._failures = time.monotonic(), 0
+        self._failures = 0
         producer.settled(verdicts)
         return verdicts
 
@@ -209,6 +211,12 @@ class Daemon:
             async with asyncio.timeout(delay):
                 await self.stop.wait()
 
+    def _failing_for(self, how: str) -> float:
+        """Seconds since the first failure of this kind; a join that works ends the count."""
+        if self._failing[0] != how:
+            self._failing = (how, time.monotonic())
+        return time.monotonic() - self._failing[1]
+
     async def _unless_stopped(self, coroutine: Any) -> Any:
         """The coroutine's result, or None if the daemon is told to stop first."""
         work, stop = asyncio.ensure_future(coroutine), asyncio.create_task(self.stop.wait())
@@ -232,3 +240,8 @@ class Daemon:
 
     def _phase(self, phase: str, begun: float) -> None:
         self.metrics.observe("narses_worker_step_duration_seconds", time.perf_counter() - begun, phase=phase)
+
+
+def _told(notice: asyncio.Task[pb.Notice]) -> bool:
+    """Whether the server said a last word before the session ended."""
+    return notice.done() and not notice.cancelled() and notice.exception() is None
