@@ -96,11 +96,17 @@ class PushStream:
             await self._decide(verdict)
             return
         algorithm = self._run.task.digest
-        if self._run.round is not None and header.worker in self._run.round.accepted:
-            # The accepted row is already part of the round: a repetition is only hashed and compared.
-            update.writer = RowWriter(Intake(None, algorithm, size=header.byte_length))
-        else:
+        if not self._accepted(header.worker):
             update.writer = await self._run.matrix.take(header.worker, algorithm)
+        # Asked again: while the row was waited for, another stream of this worker may have been accepted into it.
+        if self._accepted(header.worker):
+            if update.writer is not None:
+                self._run.matrix.release(header.worker, update.writer)
+            # The accepted row is part of the round and is not touched: a repetition is only hashed and compared.
+            update.writer = RowWriter(Intake(None, algorithm, size=header.byte_length))
+
+    def _accepted(self, worker: int) -> bool:
+        return self._run.round is not None and worker in self._run.round.accepted
 
     def _admit(self, header: pb.UpdateHeader) -> Verdict:
         run, expected = self._run, self._run.matrix.row_bytes

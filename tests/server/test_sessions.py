@@ -86,9 +86,14 @@ class AnySessions(RuleBasedStateMachine):
     @rule(target=opened, workers=st.sets(st.integers(0, 6), max_size=4))
     def opens(self, workers: set[int]) -> Session | None:
         taken = {worker for session in self.live for worker in session.workers}
+        error: RefusedError | None
         try:
             session = self.sessions.open(workers, "", "")
-        except RefusedError as error:
+        except RefusedError as refusal:
+            error = refusal
+        else:
+            error = None
+        if error is not None:
             assert error.reason == ("SESSION_ALIVE" if workers and 6 not in workers else "UNKNOWN_WORKER")
             assert not workers or 6 in workers or workers & taken
             return None
