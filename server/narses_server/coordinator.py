@@ -23,6 +23,7 @@ from narses_server.config import RunConfig
 from narses_server.matrix import UpdateMatrix
 from narses_server.model import Optimizer, initial_model, payload
 from narses_server.published import Published
+from narses_server.refusals import RefusalLog
 from narses_server.round import Decision, Policy, Round, Step, Verdict
 from narses_server.scoreboard import Scoreboard
 from narses_server.session import Sessions
@@ -96,6 +97,7 @@ class Run:
         )
         self.published: Published | None = None
         self.round: Round | None = None
+        self.refusals = RefusalLog(config.name)
         self.refused_this_round: dict[int, str] = {}
         self._drain_at: float | None = None
         self._changed = asyncio.Event()  # something the open round's decision depends on

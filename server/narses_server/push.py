@@ -8,7 +8,6 @@ from concurrent.futures import Executor
 from typing import Any
 
 import grpc
-import structlog
 
 from narses.errors import RefusedError
 from narses.rpc.codec import DecodeError, parse_push
@@ -20,8 +19,6 @@ from narses_server.matrix import RowWriter
 from narses_server.round import Verdict
 from narses_server.session import Session, refused
 from narses_server.watch import Watch
-
-log = structlog.get_logger("narses.server")
 
 IDLE_SECONDS = 30.0
 """A stream that sends no frame for this long is cut: it would hold a row and a handler for nothing."""
@@ -191,12 +188,11 @@ class PushStream:
         mine = worker in self._session.workers
         self._watch.verdict(worker if mine else None, verdict.reason, duplicate=verdict.duplicate)
         if verdict.reason:
-            log.warning(
+            self._run.refusals.tell(
                 "update refused",
-                run=self._run.config.name,
+                verdict.reason,
                 worker=worker,
                 round=update.header.round,
-                reason=verdict.reason,
                 why=verdict.message,
                 peer=self._session.peer,
             )

@@ -1,4 +1,4 @@
-"""Refusals in the log: all of the first ones, then ever fewer, so that a hostile peer cannot fill the disk with its refusals."""
+"""Refusals in the log: all of the first ones, then ever fewer, so that a hostile peer cannot fill the disk."""
 
 from __future__ import annotations
 

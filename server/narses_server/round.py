@@ -15,6 +15,9 @@ from typing import Literal, NamedTuple
 Absent = Literal["refuse", "byzantine"]
 OnDeadline = Literal["wait", "skip"]
 
+EVIDENCE_LIMIT = 8
+"""Digests kept per worker and round: more would prove nothing more, and a flood of them would cost memory."""
+
 
 class Step(enum.Enum):
     """What the coordinator does next."""
@@ -115,7 +118,9 @@ class Round:
             return Verdict()
         if known == digest:
             return Verdict(duplicate=True)
-        self.conflicts.setdefault(worker, []).append(digest)
+        evidence = self.conflicts.setdefault(worker, [])
+        if len(evidence) < EVIDENCE_LIMIT:
+            evidence.append(digest)
         return Verdict("CONFLICTING_PUSH", f"worker {worker} has sent other bytes for round {round_} before")
 
     def next(self, now: float) -> Decision:

@@ -156,7 +156,7 @@ class Service:
             try:
                 await stream.serve(context.read)
             except RefusedError as error:
-                log.warning("push stream cut", reason=error.reason, why=error.message, peer=session.peer)
+                run.refusals.tell("push stream cut", error.reason, why=error.message, peer=session.peer)
                 await _abort(context, error)
         finally:
             self._watch.in_progress("push", -1)
