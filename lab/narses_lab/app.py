@@ -26,6 +26,7 @@ from narses_lab.processes import Event
 EXIT_FAILURE = 1
 EXIT_OPTION = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 app = typer.Typer(
     help="Experiments with Narses, a Byzantine-robust parameter server.",
@@ -79,9 +80,9 @@ def demo(
                 view.show(event)
 
             commands = asyncio.run(play(plan, folder, watch))
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (KeyboardInterrupt, asyncio.CancelledError) as end:
         typer.echo("interrupted; every daemon has been ended", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise typer.Exit(EXIT_INTERRUPTED if isinstance(end, KeyboardInterrupt) else EXIT_TERMINATED) from None
     report = outcome.write(plan, folder, board, commands, started)
     outcome.show(report, folder, console)
     if report.failed:

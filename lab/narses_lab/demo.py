@@ -36,7 +36,7 @@ chooses a rule does not know the attack.
 
 # The optimiser of the ALIE paper's MNIST experiment (learning rate 0.1, server momentum 0.9), and the IPM paper's 50 images
 # per worker. Runs without attack, on other seeds than the demo's, decided the rest: the mean is at its plateau of 95 %
-# after 80 rounds. What an attack does had no say, and must have none.
+# after 80 rounds.
 ROUNDS = 80
 EVALUATE_EVERY = 5
 MODEL = {"name": "mlp", "hidden": 32}

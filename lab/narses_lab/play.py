@@ -13,14 +13,17 @@ from narses_lab.errors import DaemonError
 from narses_lab.processes import Event, Fleet
 from narses_lab.toml import dumps
 
-SILENCE_SECONDS = 60.0
-"""Longest time without a word from the server: it reports twice a second once rounds are played."""
+STALL_SECONDS = 60.0
+"""Longest time without progress: the server reports twice a second once rounds are played."""
+PROGRESS = ("listening", "run started", "evaluated", "progress", "run finished", "stopped")
+END_SECONDS = 30.0
+"""Longest time between the server's last word and the end of the last daemon."""
 
 
 async def play(demo: Demo, folder: Path, watch: Callable[[Event], None]) -> list[str]:
     """Run the demo in `folder`, hand every event to `watch`; returns the command lines of the daemons.
 
-    Raises DaemonError when one of them ends early or the server falls silent. However this ends, so have they.
+    Raises DaemonError when one of them ends early or nothing moves. However this ends, so have they.
     """
     loop = asyncio.get_running_loop()
     me = asyncio.current_task()
@@ -36,15 +39,18 @@ async def play(demo: Demo, folder: Path, watch: Callable[[Event], None]) -> list
         honest = [await fleet.start(name, "narses-worker") for name in plan.HONEST]
         await server.configure(dumps(demo.server()))
         running, finished = set(fleet.daemons), 0
-        silent_at = loop.time() + SILENCE_SECONDS
+        stalled_at = loop.time() + STALL_SECONDS
         while running:
             try:
-                event = await fleet.next(silent_at)
+                event = await fleet.next(stalled_at)
             except TimeoutError:
-                raise fleet.silent(SILENCE_SECONDS) from None
+                why = f"no progress for {STALL_SECONDS:.0f} s, {finished} of {runs} runs finished"
+                if finished == runs:
+                    why = f"{', '.join(sorted(running))}: still there {END_SECONDS:.0f} s after the end of the last run"
+                raise fleet.stuck(why) from None
             watch(event)
-            if event.daemon == "server":
-                silent_at = loop.time() + SILENCE_SECONDS
+            if event.daemon == "server" and event.name in PROGRESS:
+                stalled_at = loop.time() + (STALL_SECONDS if finished < runs else END_SECONDS)
             match event:
                 case Event("server", "listening"):
                     address = f"127.0.0.1:{event.fields['port']}"

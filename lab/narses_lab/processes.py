@@ -21,6 +21,7 @@ from narses_lab.errors import DaemonError
 
 LINE_BYTES = 1 << 20
 LAST_LINES = 12
+LINE_CHARACTERS = 400
 STOP_SECONDS = 5.0
 
 
@@ -161,14 +162,14 @@ class Fleet:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return DaemonError(f"{daemon.command}\n{how} before its time. {self._last_lines(daemon)}")
 
-    def silent(self, seconds: float) -> DaemonError:
-        """The error for a server from which nothing was heard."""
-        rest = "\n".join(self._last_lines(daemon) for daemon in self.daemons.values())
-        return DaemonError(f"no sign of life from the server for {seconds:.0f} s.\n{rest}")
+    def stuck(self, why: str) -> DaemonError:
+        """The error for a fleet that makes no progress."""
+        running = [daemon for daemon in self.daemons.values() if daemon.running]
+        return DaemonError("\n".join([why, *(self._last_lines(daemon, 3) for daemon in running)]))
 
-    def _last_lines(self, daemon: Daemon) -> str:
-        lines = "".join(f"\n  {line}" for line in daemon.last_lines) or "\n  (it said nothing)"
-        return f"The last lines of {daemon.log_file}:{lines}"
+    def _last_lines(self, daemon: Daemon, count: int = LAST_LINES) -> str:
+        lines = "".join(f"\n  {line[:LINE_CHARACTERS]}" for line in list(daemon.last_lines)[-count:])
+        return f"The last lines of {daemon.log_file}:{lines or ' it said nothing'}"
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
