@@ -31,7 +31,9 @@ def initialise(module: nn.Module, init: Init, seed: int) -> nn.Module:
     "torch": weights and biases uniform in +-1/sqrt(fan in), the distribution of torch's own layers.
     "xavier": weights uniform in +-sqrt(6 / (fan in + fan out)), biases 0 (Glorot and Bengio 2010, equation 16).
     """
-    module = module.to_empty(device="cpu")
+    for layer in module.modules():  # Module.to_empty would import sympy for this: a second of every process's start
+        for name, parameter in layer.named_parameters(recurse=False):
+            setattr(layer, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
     draws = generator(seed, "init")
     for layer in module.modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d):
