@@ -12,6 +12,7 @@ from typing import Any, Self
 
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0
+GRACE_SECONDS = 5.0
 
 
 def console(module: str, config: Path, *sets: str) -> list[str]:
@@ -71,8 +72,6 @@ class Program:
             async with self._news:
                 self.log.append(entry)
                 self._news.notify_all()
-        async with self._news:
-            self._news.notify_all()
 
     def cpu(self) -> float:
         """CPU seconds so far; 0 once it has ended."""
@@ -82,21 +81,32 @@ class Program:
             return 0.0
 
     async def until(self, event: str, within: float = START_SECONDS, **fields: Any) -> dict[str, Any]:
-        """The first log entry `event` with these fields, past or to come; RuntimeError if the program ends first."""
+        """The first log entry `event` with these fields, past or to come.
 
-        def found() -> dict[str, Any] | None:
+        RuntimeError if this program or a companion ends first, TimeoutError after `within` seconds.
+        """
+        found = asyncio.create_task(self._found(event, fields))
+        programs = [self, *self.companions]
+        try:
+            async with asyncio.timeout(within):
+                await asyncio.wait({found, *(p._reading for p in programs)}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({found}, timeout=GRACE_SECONDS)  # a companion may end well, and first
+            if found.done():
+                return found.result()
+            ended = next(p for p in programs if p._reading.done())
+            last = "\n".join(str(entry["event"]) for entry in ended.log[-5:])
+            raise RuntimeError(f"a program ended before {event!r} was logged; its last words:\n{last}")
+        finally:
+            found.cancel()
+
+    async def _found(self, event: str, fields: dict[str, Any]) -> dict[str, Any]:
+        def entry() -> dict[str, Any] | None:
             return next((e for e in self.log if e["event"] == event and fields.items() <= e.items()), None)
 
-        async with asyncio.timeout(within), self._news:
-            await self._news.wait_for(lambda: found() is not None or self._reading.done() or self._ended())
-        entry = found()
-        if entry is None:
-            last = "; ".join(str(e["event"]) for e in self.log[-5:])
-            raise RuntimeError(f"the program ended before it logged {event!r}; its last words: {last}")
-        return entry
-
-    def _ended(self) -> bool:
-        return self._process.stderr is not None and self._process.stderr.at_eof()
+        async with self._news:
+            while (hit := entry()) is None:
+                await self._news.wait()
+            return hit
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL if it does not drain in time."""

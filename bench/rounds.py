@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bench.result import Figure, Result
 from narses import datasets
 from narses.errors import DataError
 from narses.observe.daemon import Surroundings, prepare
+from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses_worker.client import Pulled
 from narses_worker.config import WorkerConfig
 from narses_worker.daemon import Daemon
@@ -145,10 +146,13 @@ class Still:
         self._workers = workers
         self._row_D = np.random.default_rng(1).standard_normal(dimension, np.float32) * np.float32(1e-3)
 
-    async def produce(self, pulled: Pulled) -> AsyncIterator[tuple[int, NDArray[np.float32]]]:
+    async def produce(self, pulled: Pulled) -> AsyncGenerator[tuple[int, NDArray[np.float32]], None]:
         """At once."""
         for worker in self._workers:
             yield worker, self._row_D
+
+    def settled(self, verdicts: Sequence[pb.PushResponse]) -> None:
+        """Nothing."""
 
 
 async def _still(config: WorkerConfig) -> None:

@@ -17,14 +17,15 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from narses.observe.daemon import Surroundings
 from narses_server.app import Server
 from narses_server.config import ServerConfig
 from narses_server.coordinator import Run
 from narses_worker.app import honest
+from narses_worker.cohort import Make
 from narses_worker.config import WorkerConfig
 from narses_worker.daemon import Daemon
 from tests.raw import SECONDS, RawSession, Wire
@@ -74,14 +75,16 @@ def experiment(
 async def cluster(*, daemons: Sequence[Sequence[int]] | None = None, **settings: Any) -> AsyncIterator[Cluster]:
     """A running cluster of `experiment(**settings)`; daemons: the workers of each (default: one with all of them)."""
     config = experiment(**settings)
-    c = Cluster(config)
-    await c.open()
-    try:
-        for workers in [range(config.round.n)] if daemons is None else daemons:
-            await c.start(workers)
-        yield c
-    finally:
-        await c.close()
+    # Workers that the test has killed cannot be told that the runs are over.
+    with mock.patch("narses_server.app.FAREWELL_SECONDS", 0.5):
+        c = Cluster(config)
+        await c.open()
+        try:
+            for workers in [range(config.round.n)] if daemons is None else daemons:
+                await c.start(workers)
+            yield c
+        finally:
+            await c.close()
 
 
 async def undisturbed(**settings: Any) -> str:
@@ -96,16 +99,51 @@ async def undisturbed(**settings: Any) -> str:
 _undisturbed: dict[str, str] = {}
 
 
-@dataclass
-class Member:
+class Waking:
+    """Wakes whoever waits for a condition on `metrics`, each time anything is counted."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self.surroundings = surroundings
+        self.changed = asyncio.Event()
+        for name in ("inc", "set", "observe"):
+            setattr(surroundings.metrics, name, self._waking(getattr(surroundings.metrics, name)))
+
+    def _waking(self, function: Callable[..., None]) -> Callable[..., None]:
+        loop = asyncio.get_running_loop()
+
+        def wrapped(*arguments: Any, **labels: Any) -> None:
+            function(*arguments, **labels)
+            loop.call_soon_threadsafe(self.changed.set)
+
+        return wrapped
+
+    async def until(self, condition: Callable[[], bool], what: str = "the condition") -> None:
+        """Wait until `condition()`, asked again whenever this process' part counts anything."""
+        try:
+            async with asyncio.timeout(SECONDS):
+                while not condition():
+                    self.changed.clear()
+                    await self.changed.wait()
+        except TimeoutError:
+            raise AssertionError(f"waited {SECONDS:.0f} s for {what}") from None
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The current value of one series."""
+        value = self.surroundings.metrics.registry.get_sample_value(name, labels)
+        assert value is not None, f"no series {name}{labels}"
+        return value
+
+
+class Member(Waking):
     """A daemon of the cluster."""
 
-    workers: tuple[int, ...]
-    wire: Wire
-    daemon: Daemon
-    task: asyncio.Task[None]
-    surroundings: Surroundings
-    forgiven: bool = field(default=False)  # its failure is what the test is about
+    def __init__(self, workers: Sequence[int], wire: Wire, daemon: Daemon, surroundings: Surroundings) -> None:
+        super().__init__(surroundings)
+        self.workers = tuple(workers)
+        self.wire = wire
+        self.daemon = daemon
+        self.task = asyncio.create_task(daemon.serve())
+        self.forgiven = False  # its failure is what the test is about
 
     async def ended(self) -> BaseException | None:
         """How it ended: None if it returned."""
@@ -113,37 +151,22 @@ class Member:
         await asyncio.wait_for(asyncio.wait((self.task,)), SECONDS)
         return asyncio.CancelledError() if self.task.cancelled() else self.task.exception()
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The current value of one of its series."""
-        return _value(self.surroundings, name, labels)
 
-
-class Cluster:
+class Cluster(Waking):
     """See the module. Create it with `cluster(...)`."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.server = Server(config)
+        super().__init__(self.server.surroundings)
         self.daemons: list[Member] = []
         self._raw: list[RawSession] = []
-        self._changed = asyncio.Event()
 
     async def open(self) -> None:
-        metrics = self.server.surroundings.metrics
-        for name in ("inc", "set", "observe"):
-            setattr(metrics, name, self._waking(getattr(metrics, name)))
+        """Listen, and play the runs in a task."""
         await self.server.startup()
         self._main = asyncio.create_task(self.server.main_loop())
-        self._main.add_done_callback(lambda _: self._changed.set())
-
-    def _waking(self, function: Callable[..., None]) -> Callable[..., None]:
-        loop = asyncio.get_running_loop()
-
-        def wrapped(*arguments: Any, **labels: Any) -> None:
-            function(*arguments, **labels)
-            loop.call_soon_threadsafe(self._changed.set)
-
-        return wrapped
+        self._main.add_done_callback(lambda _: self.changed.set())
 
     async def close(self) -> None:
         """Stop everything; a daemon that failed without the test having asked fails the test."""
@@ -168,13 +191,16 @@ class Cluster:
 
     # -- faults ----------------------------------------------------------------------------------------------------------
 
-    async def start(self, workers: Sequence[int], address: str | None = None, **settings: Any) -> Member:
-        """An honest daemon for `workers`; address: the server's if not given."""
+    async def start(
+        self, workers: Sequence[int], address: str | None = None, make: Make | None = None, **settings: Any
+    ) -> Member:
+        """A daemon for `workers`, honest unless `make` says otherwise; address: the server's if not given."""
         wire = await Wire(address or self.address).open()
         surroundings = Surroundings("worker", experiment())
         tree = {"server": wire.address, "insecure": True, "workers": list(workers), "device": "cpu", **settings}
-        daemon = honest(WorkerConfig.of({"keep_large_blocks": False, "drain_timeout": 2.0, **tree}), surroundings)
-        member = Member(tuple(workers), wire, daemon, asyncio.create_task(daemon.serve()), surroundings)
+        config = WorkerConfig.of({"keep_large_blocks": False, "drain_timeout": 2.0, **tree})
+        daemon = honest(config, surroundings) if make is None else Daemon(config, workers, make, surroundings)
+        member = Member(workers, wire, daemon, surroundings)
         self.daemons.append(member)
         return member
 
@@ -196,16 +222,6 @@ class Cluster:
         return await raw.join(workers) if workers else raw
 
     # -- waiting and looking ---------------------------------------------------------------------------------------------
-
-    async def until(self, condition: Callable[[], bool], what: str = "the condition") -> None:
-        """Wait until `condition()`, asked again whenever the server counts anything."""
-        try:
-            async with asyncio.timeout(SECONDS):
-                while not condition():
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            raise AssertionError(f"waited {SECONDS:.0f} s for {what}") from None
 
     async def until_round(self, index: int) -> None:
         """Wait until round `index` of the open run is open."""
@@ -242,10 +258,6 @@ class Cluster:
         assert run is not None
         return run
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The current value of one of the server's series."""
-        return _value(self.server.surroundings, name, labels)
-
     def counted(self) -> dict[str, int]:
         """How every update so far ended: accepted, duplicate, and the refused ones by reason in lower case, if any.
 
@@ -262,9 +274,3 @@ class Cluster:
         assert counts["rejected"] + counts["late"] == sum(reasons.values())
         assert counts["late"] == reasons.get("wrong_round", 0)
         return {key: counts[key] for key in ("accepted", "duplicate") if counts[key]} | reasons
-
-
-def _value(surroundings: Surroundings, name: str, labels: dict[str, str]) -> float:
-    value = surroundings.metrics.registry.get_sample_value(name, labels)
-    assert value is not None, f"no series {name}{labels}"
-    return value

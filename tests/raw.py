@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, cast
 
@@ -46,9 +46,13 @@ def refusal(error: grpc.aio.AioRpcError) -> Answer:
 
 
 class Wire:
-    """A TCP relay: what goes in at `address` comes out at `target`, until it is cut as if a process had been killed."""
+    """A TCP relay: what goes in at `address` comes out at `target`, until it is cut as if a process had been killed.
 
-    def __init__(self, target: str) -> None:
+    delay: seconds until a new connection is taken further.
+    """
+
+    def __init__(self, target: str, delay: float = 0.0) -> None:
+        self._delay = delay
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self._ends: set[asyncio.Transport] = set()
@@ -114,6 +118,7 @@ class _Near(_End):
         self.other = far = _End(self._wire)
         far.other = self
         assert self.transport is not None
+        await asyncio.sleep(self._wire._delay)
         try:
             await asyncio.get_running_loop().create_connection(lambda: far, *self._wire._target)
         except OSError:
@@ -140,7 +145,9 @@ class RawSession:
         self.wire = wire
         self.metadata: tuple[tuple[str, bytes], ...] = ()
         self._trainer: Trainer | None = None
-        self.channel = grpc.aio.insecure_channel(wire.address, options=CHANNEL_OPTIONS)
+        # The server's limits are tested, not the client's own.
+        options = [("grpc.max_send_message_length", -1), *CHANNEL_OPTIONS]
+        self.channel = grpc.aio.insecure_channel(wire.address, options=options)
 
     @classmethod
     async def connect(cls, address: str) -> Self:
@@ -185,10 +192,10 @@ class RawSession:
         assert len(payload) == first.header.byte_length
         return Pulled(first.header, np.frombuffer(payload, "<f4"))
 
-    def push(self, token: bytes | None = None) -> RawPush:
-        """A stream of updates, or of anything; token: another than the session's."""
+    def push(self) -> RawPush:
+        """A stream of updates, or of anything."""
         push: Any = self.channel.stream_stream(SERVICE + "Push")
-        return RawPush(push(metadata=self.metadata if token is None else ((TOKEN_KEY, token),), timeout=SECONDS))
+        return RawPush(push(metadata=self.metadata, timeout=SECONDS))
 
     async def send(self, frames: Sequence[bytes]) -> list[Answer]:
         """Push `frames` on a stream of their own: the verdicts, and the status if the RPC was refused."""
@@ -205,12 +212,12 @@ class RawSession:
         self._trainer.update(worker, pulled.header.round, pulled.parameters_D.copy(), row_D)
         return row_D.tobytes()
 
-    def update(self, worker: int, pulled: Pulled, payload: bytes | None = None, **header: Any) -> list[bytes]:
+    def update(self, whose: int, pulled: Pulled, payload: bytes | None = None, **header: Any) -> list[bytes]:
         """The frames of one update: the honest one, unless `payload` or fields of the header say otherwise."""
-        payload = self.honest(worker, pulled) if payload is None else payload
+        payload = self.honest(whose, pulled) if payload is None else payload
         fields: dict[str, Any] = {
             "run_id": self.task.run_id,
-            "worker": worker,
+            "worker": whose,
             "round": pulled.header.round,
             "base_digest": pulled.header.digest,
             "dtype": pb.DATA_TYPE_FLOAT32,
@@ -219,13 +226,26 @@ class RawSession:
         chunks = chunk_frames(memoryview(payload), self.task.chunk_bytes)
         return [header_frame(**{**fields, **header}), *chunks, trailer_frame(digest("blake3", payload))]
 
-    async def play(self, after: int | None = None) -> None:
-        """Do honestly what is left of the run for all workers of the session."""
-        while not (pulled := await self.pull(after)).header.finished:
+    async def play(self, after: int | None = None, done: Container[int] = ()) -> None:
+        """Do honestly what is left of the run for all workers of the session; in the first round not for those in `done`."""
+        while (pulled := await self._unless_over(after)) is not None:
             if not pulled.header.not_modified:
                 after = pulled.header.round
-                answers = await self.send([frame for w in self.workers for frame in self.update(w, pulled)])
+                frames = [frame for w in self.workers if w not in done for frame in self.update(w, pulled)]
+                done = ()
+                answers = await self.send(frames)
                 assert all(answer.reason == "" for answer in answers), answers
+
+    async def _unless_over(self, after: int | None) -> Pulled | None:
+        """The next round; None after the last one, also if the session has already ended with the run."""
+        try:
+            pulled = await self.pull(after)
+        except grpc.aio.AioRpcError as error:
+            if refusal(error).reason != "NO_SESSION":
+                raise
+            assert (await self.notice()).kind in (pb.NOTICE_KIND_RUN_FINISHED, pb.NOTICE_KIND_NO_MORE_RUNS)
+            return None
+        return None if pulled.header.finished else pulled
 
     async def vanish(self) -> None:
         """As kill -9: the connection is gone without a word."""
@@ -259,10 +279,17 @@ class RawPush:
 
     async def finish(self) -> list[Answer]:
         """Half-close: the remaining verdicts, and last the status if the RPC itself was refused."""
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            await self._call.done_writing()
+        return await self.answers()
+
+    async def answers(self) -> list[Answer]:
+        """What comes without a half-close until the server ends the stream.
+
+        For streams that the server cuts: a client of grpc.aio that is still writing then may see INTERNAL instead.
+        """
         answers: list[Answer] = []
         try:
-            with contextlib.suppress(asyncio.InvalidStateError):
-                await self._call.done_writing()
             while (answer := await self.verdict()) is not None:
                 answers.append(answer)
         except grpc.aio.AioRpcError as error:

@@ -53,9 +53,9 @@ def proxy(config: ConfigOption = None, set_: SetOption = None, check: CheckOptio
 
 async def _worker(config: AdversaryConfig) -> None:
     surroundings = Surroundings("adversary", config)
-    await surroundings.start()
     daemon = corrupted(config, surroundings)
     try:
+        await surroundings.start()
         daemon.stop = await stop_event()
         await daemon.serve()
     finally:
@@ -65,9 +65,12 @@ async def _worker(config: AdversaryConfig) -> None:
 
 def corrupted(config: AdversaryConfig, surroundings: Surroundings) -> Daemon:
     """The daemon of a corrupted cohort."""
+    last: CorruptedCohort | None = None
 
     def make(task: Task) -> CorruptedCohort:
-        return CorruptedCohort(config, task, daemon.executor, surroundings.metrics)
+        nonlocal last
+        last = CorruptedCohort(config, task, daemon.executor, surroundings.metrics, before=last)
+        return last
 
     daemon = Daemon(config, config.workers, make, surroundings)
     return daemon
@@ -80,6 +83,7 @@ class ProxyServer:
         self.config = config
         self.port = 0
         self.surroundings = Surroundings("proxy", config)
+        self._proxy: Proxy | None = None
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="narses-tensor")
 
     async def start(self) -> None:
@@ -106,7 +110,8 @@ class ProxyServer:
     async def stop(self) -> None:
         """Let the streams in progress end for a moment, then cut them."""
         await self.surroundings.health.drain()
-        if self.port:
+        if self._proxy is not None:
+            self._proxy.drain()
             await self._server.stop(STOP_GRACE_SECONDS)
             await self._proxy.close()
         await self.surroundings.stop()

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from narses.config import Config
 from narses.observe.process import address, is_loopback
+from narses_adversary.attacks import is_data_attack
 from narses_adversary.plan import Plan, Schedule
 from narses_worker.config import ClientConfig, WorkerConfig, parse_ids
 
@@ -58,15 +59,30 @@ class Attacking(Config):
         """The plan for a run, None where the adversary stays honest."""
         return self.plans.plan_for(run_name)
 
+    def _enough(self, workers: tuple[int, ...]) -> None:
+        """ValueError if a plan wants more attackers than there are `workers`: it could never attack."""
+        for entry in self.plans.entries:
+            wanted = entry.plan.f_real or 0
+            if wanted > len(workers):
+                raise ValueError(
+                    f"attack {entry.plan.name!r}: f_real = {wanted} exceeds the {len(workers)} ids in workers; lower "
+                    f"f_real or add workers"
+                )
+
 
 class AdversaryConfig(WorkerConfig, Attacking):
     """adversary.toml: a daemon that trains for its `workers` like an honest one and lies as the plan says."""
+
+    @model_validator(mode="after")
+    def _members(self) -> Self:
+        self._enough(self.workers)
+        return self
 
 
 class ProxyConfig(ClientConfig, Attacking):
     """proxy.toml: stands between some daemons and the server; daemons name `listen` as their server.
 
-    workers: whose updates it may rewrite; null: all that pass. It never touches others.
+    workers: whose updates it may rewrite, as a list or as "0-5,8"; null: all that pass. It never touches others.
     """
 
     listen: str = "127.0.0.1:50061"
@@ -78,6 +94,18 @@ class ProxyConfig(ClientConfig, Attacking):
     @classmethod
     def _ids(cls, value: Any) -> Any:
         return value if value is None else parse_ids(value)
+
+    @model_validator(mode="after")
+    def _members(self) -> Self:
+        for entry in self.plans.entries:
+            if is_data_attack(entry.plan.attack):
+                raise ValueError(
+                    f"attack {entry.plan.name!r} poisons training data, which never pass a proxy; run it in "
+                    f"`narses-adversary worker`"
+                )
+        if self.workers is not None:
+            self._enough(self.workers)
+        return self
 
     @model_validator(mode="after")
     def _listens(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from narses import rules, seeding
-from narses.errors import ConfigError, NarsesError
+from narses.errors import ConfigError, InputError, NarsesError
 from narses.rpc.convert import table_from_wire
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses.task import Task
@@ -26,16 +27,24 @@ Row = NDArray[np.float32]
 
 
 class Forged(NamedTuple):
-    """rows: per member, fresh memory. seconds: what crafting took. distance_ratio: see the metric of that name."""
+    """rows: per member, (D,) float32, fresh memory. observed: updates in the view. seconds: what crafting took.
+
+    distance_ratio: see the metric of that name. estimate: rows that the formula asks for were not seen, others stood in.
+    """
 
     rows: dict[int, Row]
+    observed: int
     seconds: float
     distance_ratio: float
     estimate: bool
 
 
 class Crafter:
-    """One run's attack and its memory. craft() is pure tensor work for an executor thread, one call at a time."""
+    """One run's attack and its memory. craft() is pure tensor work for an executor thread.
+
+    A round is crafted once: asked again, after a broken connection, the answer is the same object, so that the server sees
+    a duplicate and no equivocation.
+    """
 
     def __init__(self, task: Task, plan: Plan, seed: int) -> None:
         self.task = task
@@ -43,51 +52,81 @@ class Crafter:
         self._seed = seed
         self._memory: dict[str, Any] = {}
         self._rule: tuple[str, rules.Rule | None] = ("", None)
+        self._one_at_a_time = threading.Lock()
+        self._last: tuple[tuple[int, bytes], Forged | None] | None = None
+        self._said = ""
 
     def members(self, round_: int, candidates: Sequence[int], f: int) -> tuple[int, ...]:
-        """Who attacks in round `round_`; nobody while the plan is not active."""
+        """Who attacks in round `round_`; nobody while the plan is not active. ConfigError if they are more than there are."""
         return self.plan.members_of(round_, candidates, f, self._seed) if self.plan.active(round_) else ()
 
+    def crafted(self, header: pb.RoundHeader) -> bool:
+        """Whether craft() has answered for this round before."""
+        return self._last is not None and self._last[0] == (header.round, header.digest)
+
     def craft(
-        self, header: pb.RoundHeader, parameters_D: Row | None, seen: Mapping[int, Row], members: Sequence[int]
+        self, header: pb.RoundHeader, parameters_D: Row, seen: Mapping[int, Row], members: Sequence[int]
     ) -> Forged | None:
-        """The members' replacements, or None (said in the log) if the attack cannot make any from what was seen."""
-        begun = time.perf_counter()
-        finite = {worker: row for worker, row in sorted(seen.items()) if np.isfinite(row).all()}
-        view_D = np.zeros(self.task.dimension, np.float32) if parameters_D is None else parameters_D
-        stacked_HD = (
-            torch.from_numpy(np.stack(list(finite.values()))) if finite else torch.empty(0, self.task.dimension)
-        )
-        try:
-            view = View(
-                updates_HD=stacked_HD,
-                worker_ids=tuple(finite),
-                parameters_D=torch.from_numpy(view_D),
-                n=header.n,
-                f=header.f,
-                round=header.round,
-                rule=self._rule_of(header.rule),
-                learning_rate=self.task.learning_rate.at(header.round),
-                generator=seeding.generator(self._seed, "attack", self.task.run_name, header.round),
-                members=tuple(members),
-                kind=self.task.update,
-                task=self.task,
-                memory=self._memory,
-            )
-            forged_MD = self.plan.attack(view, len(members))
-        except NarsesError as error:
-            log.warning(
-                "attack impossible", run=self.task.run_name, round=header.round, attack=self.plan.name, why=str(error)
-            )
-            return None
-        rows = {worker: row.numpy() for worker, row in zip(members, forged_MD, strict=True)}
-        ratio = _distance_ratio(stacked_HD, forged_MD)
-        return Forged(rows, time.perf_counter() - begun, ratio, bool(self._memory.get("estimate", False)))
+        """The members' replacements, or None (said in the log) if the attack cannot make any from what was seen.
+
+        Rows that are not finite are left out of the view. Never raises: an attack's fault costs its own effect, no round.
+        """
+        with self._one_at_a_time:
+            if self._last is None or not self.crafted(header):
+                self._last = ((header.round, header.digest), self._guarded(header, parameters_D, seen, members))
+            return self._last[1]
 
     def strength(self, m: int) -> float:
         """The attack's factor when m workers attack, 0 where it has none."""
         value = attacks.strength(self.plan.attack, n=self.task.n, m=m)
         return 0.0 if value is None else value
+
+    def _guarded(
+        self, header: pb.RoundHeader, parameters_D: Row, seen: Mapping[int, Row], members: Sequence[int]
+    ) -> Forged | None:
+        try:
+            return self._craft(header, parameters_D, seen, members)
+        except NarsesError as error:
+            if str(error) != self._said:  # once, and not again in every round
+                self._said = str(error)
+                log.warning("attack impossible", **self._where(header), why=str(error))
+        except Exception:
+            log.exception("attack failed", **self._where(header))
+        return None
+
+    def _craft(
+        self, header: pb.RoundHeader, parameters_D: Row, seen: Mapping[int, Row], members: Sequence[int]
+    ) -> Forged:
+        begun = time.perf_counter()
+        finite = {worker: row for worker, row in sorted(seen.items()) if np.isfinite(row).all()}
+        updates_HD = torch.empty(len(finite), self.task.dimension)
+        for kept_D, row_D in zip(updates_HD.numpy(), finite.values(), strict=True):
+            kept_D[:] = row_D
+        view = View(
+            updates_HD=updates_HD,
+            worker_ids=tuple(finite),
+            parameters_D=torch.from_numpy(parameters_D.copy()),
+            n=header.n,
+            f=header.f,
+            round=header.round,
+            rule=self._rule_of(header.rule),
+            learning_rate=self.task.learning_rate.at(header.round),
+            generator=seeding.generator(self._seed, "attack", self.task.run_name, header.round),
+            members=tuple(members),
+            kind=self.task.update,
+            task=self.task,
+            memory=self._memory,
+        )
+        forged_MD = self.plan.attack(view, len(members)).to("cpu", torch.float32)
+        if forged_MD.shape != (len(members), self.task.dimension):
+            raise InputError(
+                f"attack {self.plan.name!r} returned {tuple(forged_MD.shape)}, expected one row of "
+                f"{self.task.dimension} values for each of {len(members)} members"
+            )
+        rows = {worker: np.ascontiguousarray(row_D.numpy()) for worker, row_D in zip(members, forged_MD, strict=True)}
+        ratio = _distance_ratio(updates_HD, forged_MD)
+        estimate = bool(self._memory.get("estimate", False))
+        return Forged(rows, len(finite), time.perf_counter() - begun, ratio, estimate)
 
     def _rule_of(self, table: str) -> rules.Rule | None:
         if self._rule[0] != table:
@@ -98,12 +137,17 @@ class Crafter:
                 self._rule = (table, None)
         return self._rule[1]
 
+    def _where(self, header: pb.RoundHeader) -> dict[str, Any]:
+        return {"run": self.task.run_name, "round": header.round, "attack": self.plan.name}
+
 
 def _distance_ratio(seen_HD: torch.Tensor, forged_MD: torch.Tensor) -> float:
     """||forged - mean(seen)|| over the median of ||seen - mean(seen)||; 0 where fewer than two rows were seen."""
     if len(seen_HD) < 2 or not len(forged_MD):
         return 0.0
     mean_D = seen_HD.mean(dim=0)
-    usual = torch.linalg.vector_norm(seen_HD - mean_D, dim=1).median().item()
-    forged = torch.linalg.vector_norm(forged_MD[0] - mean_D).item()
+    usual, forged = (
+        torch.stack([torch.linalg.vector_norm(row_D - mean_D, dtype=torch.float64) for row_D in rows]).median().item()
+        for rows in (seen_HD, forged_MD[:1])
+    )
     return forged / usual if usual > 0 else 0.0

@@ -1,20 +1,23 @@
 """What passes through the proxy in one run, and how long it is held back.
 
-The hold rule (ARCHITECTURE 6): updates are held until all those that are waited for have been seen, or a downstream session
-that was waited for ends, or half of the round's remaining time has passed. Then the attack crafts from what was seen, at least
-two rows; else everything goes on untouched. A dead worker behind the proxy never costs a round.
+The hold rule (ARCHITECTURE 6): updates are held until all workers with a live session here have been seen, or a downstream
+session ends, or half of the round's remaining time has passed. Then the attack crafts from what was seen, at least two rows;
+else everything goes on untouched. A dead worker behind the proxy never costs a round.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from concurrent.futures import Executor
+from typing import NamedTuple
 
 import numpy as np
 import structlog
 
 from narses.errors import ConfigError
 from narses.observe.metrics import Metrics
+from narses.rpc.intake import Intake
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses.task import Task
 from narses_adversary.config import ProxyConfig
@@ -25,144 +28,206 @@ log = structlog.get_logger("narses.proxy")
 FEWEST_ROWS = 2
 """Statistics of fewer rows than this say nothing, so the attack does not craft from them."""
 
+COLLECTORS = 4
+"""Pulls of one round whose parameters are kept at the same time: one would do, the others stand by in case it stalls."""
+
 
 class Hold:
-    """One round's updates, held until they are crafted from. `rewritten` is set once it is known what each member sends."""
+    """One round's updates, held until `decided`. Then `replacement` tells what a member sends.
 
-    def __init__(self, header: pb.RoundHeader, members: tuple[int, ...], opened: float) -> None:
+    seen: the rows that the server would accept; emptied once the attack has had them, when `forged` keeps its answer for
+    updates that come late or again. unreadable: workers that did push, but nothing that an attack could use.
+    """
+
+    def __init__(self, header: pb.RoundHeader, until: float) -> None:
         self.header = header
-        self.members = members
-        self.opened = opened
-        self.until = opened + header.closes_in_ms / 2000
+        self.until = until
         self.seen: dict[int, Row] = {}
+        self.unreadable: set[int] = set()
+        self.released = False
         self.decided = asyncio.Event()
         self.forged: Forged | None = None
 
+    def ready(self, live: Collection[int]) -> bool:
+        """Whether nobody is waited for any more."""
+        pushed = self.seen.keys() | self.unreadable
+        return self.released or (bool(pushed) and pushed.issuperset(live))
+
+    def replacement(self, worker: int) -> Row | None:
+        """What the member `worker` sends instead; None: its own update, untouched."""
+        return None if self.forged is None else self.forged.rows.get(worker)
+
+
+class Collected(NamedTuple):
+    """A round's parameters on their way down, copied as they pass."""
+
+    header: pb.RoundHeader
+    row_D: Row
+    intake: Intake
+
 
 class Traffic:
-    """One run as the proxy carries it: sessions, the open round, its parameters, its hold."""
+    """One run as the proxy carries it: sessions, the open round, its parameters, its hold. Lives on the loop."""
 
     def __init__(self, task: Task, config: ProxyConfig, executor: Executor, metrics: Metrics) -> None:
         self.task = task
+        self.executor = executor
         self._config = config
-        self._executor = executor
         self._metrics = metrics
         self._live: dict[int, int] = {}  # worker -> open downstream sessions that act for it
         self._carried: set[int] = set()  # every worker that ever joined through here
-        self._holds: dict[int, Hold] = {}
+        self._hold: Hold | None = None
         self._deciding: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._parameters: tuple[int, Row] | None = None
+        self._collecting = 0
         plan = config.plan_for(task.run_name)
         self._crafter = Crafter(task, plan, config.seed) if plan is not None else None
         self._attack = "none" if plan is None else plan.name
+        self._told = ""
+        self._said: set[str] = set()
         metrics.declare("attack", [self._attack])
-        if plan is not None:
-            log.info("attack", run=task.run_name, attack=plan.name, knows="intercepted")
 
     @property
     def attacking(self) -> bool:
-        """Whether this run is attacked at all; if not, frames pass unread."""
+        """Whether this run is attacked at all; if not, everything passes unread."""
         return self._crafter is not None
 
-    def joined(self, workers: frozenset[int]) -> None:
-        """A downstream session opened."""
+    @property
+    def holding(self) -> bool:
+        """Whether updates of the open round wait."""
+        return self._hold is not None and not self._hold.decided.is_set()
+
+    @property
+    def knows(self) -> str:
+        """The vantage point: "all" where every worker of the run has its session through here, else "intercepted"."""
+        return "all" if len(self._live) == self.task.n else "intercepted"
+
+    def joined(self, workers: Collection[int]) -> None:
+        """A downstream session opened; from now on it is waited for."""
         for worker in workers:
             self._live[worker] = self._live.get(worker, 0) + 1
-        self._carried |= workers
+        self._carried.update(workers)
         self._wake()
 
-    def left(self, workers: frozenset[int]) -> None:
-        """A downstream session ended; nobody waits for its workers any more."""
+    def left(self, workers: Collection[int]) -> None:
+        """A downstream session ended. What it had sent must not wait for others: the server has it, or closes without it."""
         for worker in workers:
             self._live[worker] -= 1
             if not self._live[worker]:
                 del self._live[worker]
-        self._wake()
-
-    def published(self, header: pb.RoundHeader, parameters_D: Row) -> None:
-        """A round's parameters passed on their way down."""
-        if self._parameters is None or self._parameters[0] < header.round:
-            self._parameters = (header.round, parameters_D)
+        self.release()
 
     def opened(self, header: pb.RoundHeader) -> None:
-        """A round's header passed: the round is open, and the clock of its hold starts."""
-        if self._crafter is None or header.finished or header.not_modified or header.round in self._holds:
+        """A round's header passed on its way down: the round is open, and the clock of its hold starts."""
+        crafter, before = self._crafter, self._hold
+        if crafter is None or header.finished or header.not_modified:
             return
-        candidates = self._config.workers if self._config.workers is not None else tuple(self._carried)
-        try:
-            members = self._crafter.members(header.round, candidates, header.f)
-        except ConfigError as error:
-            log.warning("attack impossible", run=self.task.run_name, round=header.round, why=str(error))
+        if before is not None and header.round <= before.header.round:
             return
-        if not members:
+        self.release()  # a newer round is open: whoever still sends to the older one is late already
+        self._hold = None
+        wanted = header.f if crafter.plan.f_real is None else crafter.plan.f_real
+        if not crafter.plan.active(header.round) or not wanted:
             return
-        hold = Hold(header, members, asyncio.get_running_loop().time())
-        self._holds = {r: h for r, h in self._holds.items() if r + 2 > header.round}
-        self._holds[header.round] = hold
+        # Daemons give a stream of updates up after push_timeout; theirs is not known here, ours stands for it.
+        seconds = min(header.closes_in_ms / 2000, self._config.push_timeout / 2)
+        self._hold = hold = Hold(header, asyncio.get_running_loop().time() + seconds)
         task = asyncio.create_task(self._decide(hold))
         self._deciding.add(task)
         task.add_done_callback(self._deciding.discard)
+        task.add_done_callback(lambda _: hold.decided.set())  # however it ended: nobody waits for ever
 
-    def hold(self, round_: int) -> Hold | None:
-        """The hold of an attacked round; None where updates of `round_` pass untouched."""
-        return self._holds.get(round_)
+    def collect(self, header: pb.RoundHeader) -> Collected | None:
+        """Where the payload that follows `header` is to be kept too; None where an attack has no use for it."""
+        hold = self._hold
+        known = self._parameters is not None and self._parameters[0] >= header.round
+        if hold is None or hold.header.round != header.round or known or self._collecting >= COLLECTORS:
+            return None
+        self._collecting += 1
+        row_D = np.empty(self.task.dimension, np.float32)
+        return Collected(header, row_D, Intake(row_D, self.task.digest))
 
-    def saw(self, hold: Hold, worker: int, row: Row) -> None:
-        """A complete update came; once the hold is decided it is too late to count."""
-        if not hold.decided.is_set():
-            hold.seen[worker] = row
-            self._wake()
+    def collected(self, payload: Collected) -> None:
+        """That payload has come, or will not come any more."""
+        self._collecting -= 1
+        header, intake = payload.header, payload.intake
+        if intake.complete and intake.digest() == header.digest:
+            self._parameters = (header.round, payload.row_D)
 
-    def close(self) -> None:
+    def hold(self, header: pb.UpdateHeader) -> Hold | None:
+        """The hold in which the announced update waits; None where it passes untouched."""
+        hold = self._hold
+        return hold if hold is not None and hold.header.round == header.round else None
+
+    def saw(self, hold: Hold, worker: int, row_D: Row | None) -> None:
+        """An update of `worker` has come, `row_D` if it is one; once the hold is decided it is too late to count."""
+        if hold.decided.is_set():
+            return
+        if row_D is None:
+            hold.unreadable.add(worker)
+        else:
+            hold.seen[worker] = row_D
+        self._wake()
+
+    def release(self) -> None:
+        """Wait for nobody any more in the open round."""
+        if self._hold is not None:
+            self._hold.released = True
+        self._wake()
+
+    async def close(self) -> None:
         """The run is over: let go of everything."""
         for task in self._deciding:
             task.cancel()
-        for hold in self._holds.values():
-            hold.decided.set()
+        await asyncio.gather(*self._deciding, return_exceptions=True)
 
     async def _decide(self, hold: Hold) -> None:
         """Apply the hold rule, then craft. Whatever fails, the updates go on."""
         try:
-            waited = frozenset(self._live)
             async with asyncio.timeout_at(hold.until):
-                while not (waited & self._live.keys()) <= hold.seen.keys() or not hold.seen:
+                while not hold.ready(self._live.keys()):
                     changed = self._changed
                     await changed.wait()
         except TimeoutError:
-            log.info(
-                "held until half of the deadline", run=self.task.run_name, round=hold.header.round, seen=len(hold.seen)
-            )
-        try:
-            await self._craft(hold)
-        except Exception:
-            log.exception("the attack failed; updates pass untouched", run=self.task.run_name, round=hold.header.round)
-        finally:
-            hold.decided.set()
-            self._metrics.observe(
-                "narses_proxy_injected_delay_seconds", asyncio.get_running_loop().time() - hold.opened
-            )
+            self._say("held for as long as the deadline allows", hold)
+        hold.forged = await self._craft(hold)
+        hold.seen.clear()
+        hold.decided.set()
 
-    async def _craft(self, hold: Hold) -> None:
-        if len(hold.seen) < FEWEST_ROWS or self._crafter is None:
-            log.warning("too few updates seen to craft from", round=hold.header.round, seen=len(hold.seen))
-            return
-        known = self._parameters
-        parameters_D = known[1] if known is not None and known[0] == hold.header.round else None
-        loop = asyncio.get_running_loop()
-        hold.forged = await loop.run_in_executor(
-            self._executor, self._crafter.craft, hold.header, parameters_D, dict(hold.seen), hold.members
+    async def _craft(self, hold: Hold) -> Forged | None:
+        crafter, header = self._crafter, hold.header
+        assert crafter is not None
+        if len(hold.seen) < FEWEST_ROWS:
+            self._say("too few updates seen: all pass untouched", hold)
+            return None
+        if self._parameters is None or self._parameters[0] != header.round:
+            self._say("the round's parameters were not seen: all updates pass untouched", hold)
+            return None
+        candidates = self._config.workers if self._config.workers is not None else tuple(self._carried)
+        try:
+            members = crafter.members(header.round, candidates, header.f)
+        except ConfigError as error:
+            self._say("attack impossible", hold, why=str(error))
+            return None
+        parameters_D, seen, knows = self._parameters[1], dict(hold.seen), self.knows
+        forged = await asyncio.get_running_loop().run_in_executor(
+            self.executor, crafter.craft, header, parameters_D, seen, members
         )
-        if hold.forged is not None:
-            self._metrics.observe("narses_proxy_rewrite_duration_seconds", hold.forged.seconds, attack=self._attack)
+        if forged is not None:
+            self._metrics.observe("narses_proxy_rewrite_duration_seconds", forged.seconds, attack=self._attack)
+            if knows != self._told:
+                self._told = knows
+                log.info("attack", run=self.task.run_name, attack=self._attack, knows=knows, estimate=forged.estimate)
+        return forged
+
+    def _say(self, event: str, hold: Hold, **why: str) -> None:
+        """A warning the first time in a run, information in its later rounds."""
+        say = log.info if event in self._said else log.warning
+        self._said.add(event)
+        round_, seen, live = hold.header.round, len(hold.seen), len(self._live)
+        say(event, run=self.task.run_name, round=round_, seen=seen, waited_for=live, **why)
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-def replacement(hold: Hold, worker: int) -> Row | None:
-    """What the member `worker` sends instead; None: its own update, untouched."""
-    if hold.forged is None or worker not in hold.members:
-        return None
-    return np.ascontiguousarray(hold.forged.rows[worker], dtype=np.float32)

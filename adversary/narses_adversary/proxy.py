@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Coroutine
 from concurrent.futures import Executor
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import grpc
-import numpy as np
 import structlog
 
 from narses.errors import ConfigError
 from narses.observe.metrics import Metrics
 from narses.rpc.codec import DecodeError, parse_pull
 from narses.rpc.convert import task_from_wire
-from narses.rpc.intake import Intake
 from narses.rpc.options import CHANNEL_OPTIONS
-from narses.rpc.status import OK, REASON_KEY, REFUSALS, TOKEN_KEY, trailing
+from narses.rpc.status import OK, TOKEN_KEY, trailing
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses_adversary.config import ProxyConfig
-from narses_adversary.hold import Traffic
-from narses_adversary.stream import Forwarder
+from narses_adversary.hold import Collected, Traffic
+from narses_adversary.stream import Budget, Forwarder
 
 log = structlog.get_logger("narses.proxy")
 
@@ -30,18 +29,31 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 PULL_SECONDS = 30.0
 UNARY_SECONDS = 10.0
+NOTICE_SECONDS = 1.0
+FAREWELL_SECONDS = 5.0
+"""How long a session outlives its daemon upstream, so that what the daemon had sent can be delivered."""
 
 
 class Carried:
-    """One session that passes through: its run and workers."""
+    """One session that passes through: its run and workers, and its streams of updates that are not over yet."""
 
     def __init__(self, traffic: Traffic, workers: frozenset[int]) -> None:
         self.traffic = traffic
         self.workers = workers
+        self.budget = Budget(len(workers), traffic.task.dimension * 4)
+        self.pushing = 0
+        self.quiet = asyncio.Event()
+        self.quiet.set()
+        self.over = asyncio.Event()  # the server's last word has passed
+
+    def streams(self, change: int) -> None:
+        """A stream began (1) or is over (-1)."""
+        self.pushing += change
+        (self.quiet.clear if self.pushing else self.quiet.set)()
 
 
 class Proxy:
-    """The service downstream, and one channel upstream. Sessions, tokens and verdicts pass as they are."""
+    """The service downstream, and one channel upstream. Sessions, tokens, verdicts and statuses pass as they are."""
 
     def __init__(self, config: ProxyConfig, executor: Executor, metrics: Metrics) -> None:
         self._config = config
@@ -49,6 +61,7 @@ class Proxy:
         self._metrics = metrics
         self._sessions: dict[bytes, Carried] = {}
         self._traffic: dict[bytes, Traffic] = {}  # by run id
+        self._background: set[asyncio.Task[None]] = set()
         self._channel = grpc.aio.insecure_channel(config.server, options=CHANNEL_OPTIONS)
         method = f"/{SERVICE}/"
         self._join: Any = self._channel.unary_stream(method + "Join")
@@ -68,67 +81,73 @@ class Proxy:
             },
         )
 
+    def drain(self) -> None:
+        """Hold nothing back any more."""
+        for traffic in self._traffic.values():
+            traffic.release()
+
     async def close(self) -> None:
         """Drop the upstream channel, which ends every session that passes through here."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         for traffic in self._traffic.values():
-            traffic.close()
+            await traffic.close()
         await self._channel.close()
 
-    async def join(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
+    # -- RPCs ------------------------------------------------------------------------------------------------------------
+
+    async def join(self, request: bytes, context: Context) -> None:
         """A session: the server's stream, message by message; we learn the Task and who speaks."""
         call = self._join(request)
-        carried: Carried | None = None
-        token = b""
-        self._metrics.inc("narses_proxy_connections", 1, side="downstream")
-        self._metrics.inc("narses_proxy_connections", 1, side="upstream")
+        carried, token = None, b""
+        reading: asyncio.Task[Any] | None = None
+        self._connections(downstream=1, upstream=1)
         try:
-            while (raw := await call.read()) is not grpc.aio.EOF:
+            while True:
+                # In a task of its own, because to cancel a read is to cancel the call, and so the session upstream.
+                reading = asyncio.create_task(call.read())
+                await asyncio.wait((reading,))
+                if (raw := reading.result()) is grpc.aio.EOF:
+                    break
                 response = pb.JoinResponse.FromString(raw)
                 if response.WhichOneof("message") == "task":
-                    workers = frozenset(pb.JoinRequest.FromString(request).workers)
-                    carried, token = Carried(self._run(response.task), workers), response.session
+                    workers, token = frozenset(pb.JoinRequest.FromString(request).workers), response.session
+                    carried = Carried(await self._run(response.task), workers)
                     self._sessions[token] = carried
                     carried.traffic.joined(workers)
+                    self._metrics.inc("narses_proxy_messages_total", rpc="join", action="forwarded")
                     log.info("joined", run=carried.traffic.task.run_name, workers=sorted(workers))
-                yield raw
+                await context.write(raw)
             await self._finish(call, context)
         except grpc.aio.AioRpcError as error:
             await self._fail(error, context)
         finally:
-            call.cancel()
-            self._metrics.inc("narses_proxy_connections", -1, side="downstream")
-            self._metrics.inc("narses_proxy_connections", -1, side="upstream")
             self._sessions.pop(token, None)
             if carried is not None:
+                carried.over.set()
                 carried.traffic.left(carried.workers)
+            self._connections(downstream=-1)
+            self._keep(self._farewell(call, reading, carried))
 
     async def pull(self, request: bytes, context: Context) -> None:
         """Parameters on their way down; what an attack may know of a round is taken from here."""
         carried = self._carried(context)
         call = self._pull(request, metadata=_token(context), timeout=PULL_SECONDS)
+        payload: Collected | None = None
         try:
-            header, intake, row_D = None, None, None
             while (raw := await call.read()) is not grpc.aio.EOF:
-                self._metrics.inc("narses_proxy_received_bytes_total", len(raw), direction="upstream")
-                if carried is not None and carried.traffic.attacking:
-                    message = parse_pull(raw)
-                    if not isinstance(message, memoryview):
-                        header = message.header
-                        carried.traffic.opened(header)
-                        row_D = np.empty(carried.traffic.task.dimension, np.float32)
-                        intake = Intake(row_D, carried.traffic.task.digest)
-                    elif intake is not None and intake.fits(message):
-                        intake.absorb(message)
+                message = parse_pull(raw)
+                if isinstance(message, memoryview):
+                    self._metrics.inc("narses_proxy_received_bytes_total", len(message), direction="downstream")
+                    if payload is not None and payload.intake.fits(message):
+                        payload.intake.absorb(message)
+                elif carried is not None and payload is None:
+                    carried.traffic.opened(message.header)
+                    payload = carried.traffic.collect(message.header)
                 await context.write(raw)
-                self._metrics.inc("narses_proxy_sent_bytes_total", len(raw), direction="downstream")
-            if (
-                carried is not None
-                and header is not None
-                and row_D is not None
-                and intake is not None
-                and intake.complete
-            ):
-                carried.traffic.published(header, row_D)
+                if isinstance(message, memoryview):
+                    self._metrics.inc("narses_proxy_sent_bytes_total", len(message), direction="downstream")
             self._metrics.inc("narses_proxy_messages_total", rpc="pull", action="forwarded")
             await self._finish(call, context)
         except DecodeError:
@@ -136,47 +155,113 @@ class Proxy:
         except grpc.aio.AioRpcError as error:
             await self._fail(error, context)
         finally:
+            if carried is not None and payload is not None:
+                carried.traffic.collected(payload)
             call.cancel()
 
     async def push(self, _: object, context: Context) -> None:
         """Updates on their way up. All downstream streams are read at once; verdicts come back as they are decided."""
         carried = self._carried(context)
-        call = self._push(metadata=_token(context), timeout=self._config.push_timeout)
         if carried is None:
-            call.cancel()
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "no live session has this token; join first",
                 trailing("NO_SESSION"),
             )
             return
-        forwarder = Forwarder(carried.traffic, carried.workers, call, self._metrics)
-        up = asyncio.create_task(forwarder.run(context.read))
+        token = _token(context)
+        forwarder = Forwarder(
+            carried.traffic,
+            carried.workers,
+            carried.budget,
+            lambda: self._push(metadata=token, timeout=self._config.push_timeout),
+            self._metrics,
+        )
+        carried.streams(1)
+        reading = asyncio.create_task(forwarder.read_all(context.read))
+        writing = asyncio.create_task(forwarder.write_all())
+        answering = asyncio.create_task(self._answer(forwarder, context))
         try:
-            while (raw := await call.read()) is not grpc.aio.EOF:
-                self._verdict(raw, forwarder)
-                await context.write(raw)
-            await self._finish(call, context)
+            pending: set[asyncio.Task[Any]] = {reading, writing, answering}
+            while answering in pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            await self._finish(forwarder.connect(), context)
         except grpc.aio.AioRpcError as error:
             await self._fail(error, context)
         finally:
-            up.cancel()
-            await asyncio.gather(up, return_exceptions=True)
-            call.cancel()
+            self._keep(self._end(carried, forwarder, reading, writing, answering))
 
     async def leave(self, request: bytes, context: Context) -> bytes:
-        """Passed on."""
+        """Passed on; the answer comes after the session's last notice, which a daemon that has left no longer reads."""
+        carried = self._carried(context)
         call = self._leave(request, metadata=_token(context), timeout=UNARY_SECONDS)
         try:
             answer: bytes = await call
             self._metrics.inc("narses_proxy_messages_total", rpc="leave", action="forwarded")
+            if carried is not None:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(NOTICE_SECONDS):
+                        await carried.over.wait()
             return answer
         except grpc.aio.AioRpcError as error:
             return await self._fail(error, context)
 
-    # -- shared ----------------------------------------------------------------------------------------------------------
+    # -- parts of them ---------------------------------------------------------------------------------------------------
 
-    def _run(self, message: pb.Task) -> Traffic:
+    async def _answer(self, forwarder: Forwarder, context: Context) -> None:
+        """Verdicts on their way down, until the server ends the stream."""
+        call = await asyncio.shield(forwarder.call)
+        while (raw := await call.read()) is not grpc.aio.EOF:
+            verdict = pb.PushResponse.FromString(raw)
+            if (verdict.worker, verdict.round) in forwarder.rewritten:
+                outcome = "accepted" if verdict.code == OK else "rejected"
+                self._metrics.inc("narses_proxy_rewritten_outcomes_total", outcome=outcome)
+            if not context.done():
+                with suppress(grpc.aio.InternalError, grpc.aio.UsageError):  # the client has vanished meanwhile
+                    await context.write(raw)
+
+    @staticmethod
+    async def _end(
+        carried: Carried,
+        forwarder: Forwarder,
+        reading: asyncio.Task[None],
+        writing: asyncio.Task[None],
+        answering: asyncio.Task[None],
+    ) -> None:
+        """End a stream of updates; of a client that has vanished, deliver first what it had completed."""
+        try:
+            reading.cancel()
+            await asyncio.wait((reading,))
+            if not answering.done() and forwarder.hang_up():
+                await asyncio.wait((writing, answering))  # as long as the hold lasts, then at most push_timeout
+        finally:
+            for task in (reading, writing, answering):
+                task.cancel()
+            await asyncio.gather(reading, writing, answering, return_exceptions=True)
+            if forwarder.call.done():
+                forwarder.call.result().cancel()
+            forwarder.close()
+            carried.streams(-1)
+
+    async def _farewell(self, call: Any, reading: asyncio.Task[Any] | None, carried: Carried | None) -> None:
+        """End a session upstream once its streams of updates are over."""
+        try:
+            if carried is not None:
+                async with asyncio.timeout(FAREWELL_SECONDS):
+                    await carried.quiet.wait()
+        except TimeoutError:
+            log.info(
+                "a session ends before its updates were delivered", workers=sorted(carried.workers if carried else ())
+            )
+        finally:
+            call.cancel()
+            if reading is not None:
+                await asyncio.gather(reading, return_exceptions=True)
+            self._connections(upstream=-1)
+
+    async def _run(self, message: pb.Task) -> Traffic:
         """The traffic of the task's run; runs that nobody carries any more are let go."""
         try:
             task = task_from_wire(message)
@@ -184,37 +269,41 @@ class Proxy:
             raise RuntimeError(f"the server sent a task that this proxy cannot read: {error}") from None
         if task.run_id not in self._traffic:
             carried = {id(c.traffic) for c in self._sessions.values()}
-            for run_id, traffic in list(self._traffic.items()):
-                if id(traffic) not in carried:
-                    traffic.close()
-                    del self._traffic[run_id]
+            stale = [run_id for run_id, traffic in self._traffic.items() if id(traffic) not in carried]
             self._traffic[task.run_id] = Traffic(task, self._config, self._executor, self._metrics)
+            for run_id in stale:
+                await self._traffic.pop(run_id).close()
         return self._traffic[task.run_id]
 
     def _carried(self, context: Context) -> Carried | None:
-        return next((self._sessions.get(bytes(value)) for _, value in _token(context)), None)
+        return next((self._sessions.get(value) for _, value in _token(context)), None)
 
-    def _verdict(self, raw: bytes, forwarder: Forwarder) -> None:
-        verdict = pb.PushResponse.FromString(raw)
-        if (verdict.worker, verdict.round) in forwarder.rewritten:
-            outcome = "accepted" if verdict.code == OK else "rejected"
-            self._metrics.inc("narses_proxy_rewritten_outcomes_total", outcome=outcome)
+    def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _connections(self, **changes: int) -> None:
+        for side, change in changes.items():
+            self._metrics.inc("narses_proxy_connections", change, side=side)
 
     async def _finish(self, call: Any, context: Context) -> None:
-        """End the downstream RPC as the upstream one has ended."""
-        code = await call.code()
-        if code is not grpc.StatusCode.OK:
-            await _abort(code, await call.details(), await call.trailing_metadata(), context)
+        """End the downstream RPC as the upstream one has ended, which is OK: a failed read raises."""
+        context.set_trailing_metadata(_passing(await call.trailing_metadata()))
 
     async def _fail(self, error: grpc.aio.AioRpcError, context: Context) -> NoReturn:
-        self._metrics.inc("narses_proxy_upstream_failures_total", grpc_status=error.code().name)
-        await _abort(error.code(), error.details(), error.trailing_metadata(), context)
+        """End the downstream RPC as the upstream one has ended."""
+        code = error.code()
+        self._metrics.inc("narses_proxy_upstream_failures_total", grpc_status=code.name)
+        if code is grpc.StatusCode.CANCELLED:  # not by us: the server has gone away
+            code = grpc.StatusCode.UNAVAILABLE
+        await context.abort(code, error.details() or "", _passing(error.trailing_metadata()))
+        raise AssertionError("abort raises")
 
 
-async def _abort(code: grpc.StatusCode, details: str | None, metadata: Any, context: Context) -> NoReturn:
-    reasons = tuple((k, v) for k, v in metadata or () if k == REASON_KEY and v in REFUSALS)
-    await context.abort(code, details or "", reasons)
-    raise AssertionError("abort raises")
+def _passing(metadata: Any) -> tuple[tuple[str, Any], ...]:
+    """Trailing metadata without what gRPC keeps for itself."""
+    return tuple((key, value) for key, value in metadata or () if not key.startswith("grpc-"))
 
 
 def _token(context: Context) -> tuple[tuple[str, bytes], ...]:

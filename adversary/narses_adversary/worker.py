@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
 
 import structlog
 
@@ -24,30 +25,53 @@ log = structlog.get_logger("narses.adversary")
 
 
 class CorruptedCohort(Cohort):
-    """Logical workers in one adversary's hands. Vantage point *own*: it sees what they would have sent, nothing else."""
+    """Logical workers in one adversary's hands. Vantage point *own*: it sees what they would have sent, nothing else.
 
-    def __init__(self, config: AdversaryConfig, task: Task, executor: Executor, metrics: Metrics) -> None:
+    before: the cohort that an earlier session of this daemon had, if any. In the same run its attack goes on, so that a
+    round begun before the connection broke ends with the same bytes.
+    """
+
+    def __init__(
+        self,
+        config: AdversaryConfig,
+        task: Task,
+        executor: Executor,
+        metrics: Metrics,
+        before: CorruptedCohort | None = None,
+    ) -> None:
         super().__init__(
-            task, config.workers, executor, device=config.device, data_dir=config.data_dir, metrics=metrics
+            task,
+            config.workers,
+            executor,
+            device=config.device,
+            data_dir=config.data_dir,
+            metrics=metrics,
+            allow=config.allow,
         )
         self._adversary_metrics = metrics
-        self._forged: tuple[int, bytes, Forged] | None = None  # kept: a round asked for again gets the same bytes
         plan = config.plan_for(task.run_name)
-        self._crafter = Crafter(task, plan, config.seed) if plan is not None else None
+        again = before is not None and before.task == task
+        self.crafter = Crafter(task, plan, config.seed) if plan is not None else None
+        if before is not None and again:
+            self.crafter = before.crafter
+        self._attack = "none" if plan is None else plan.name
+        self._lied: tuple[int, frozenset[int]] = (0, frozenset())  # round, and whose updates in it are not honest
         self._poison = None
         if plan is not None and attacks.is_data_attack(plan.attack):
-            self._poison = plan.attack.bind(datasets.load(task.dataset, config.data_dir).classes)
-        name = "none" if plan is None else plan.name
-        metrics.declare("attack", [name])
-        metrics.info("narses_adversary_info", attack=name)
-        metrics.set("narses_adversary_active", 0)
-        if self._crafter is not None:
-            log.info("attack", run=task.run_name, attack=name, workers=list(self.workers), knows="own")
+            data = datasets.load(task.dataset, config.data_dir, allow=config.allow)
+            self._poison = plan.attack.bind(data.classes)
+        metrics.declare("attack", [self._attack])
+        metrics.info("narses_adversary_info", attack=self._attack)
+        if not again:
+            for gauge in ("active", "colluders", "strength", "observed_updates", "forged_distance_ratio"):
+                metrics.set(f"narses_adversary_{gauge}", 0)
+            if plan is not None:
+                log.info("attack", run=task.run_name, attack=self._attack, workers=list(self.workers), knows="own")
 
     def _members(self, pulled: Pulled) -> tuple[int, ...]:
-        if self._crafter is None:
+        if self.crafter is None:
             return ()
-        return self._crafter.members(pulled.header.round, self.workers, len(self.workers))
+        return self.crafter.members(pulled.header.round, self.workers, len(self.workers))
 
     def compute(self, group: range, pulled: Pulled) -> list[Step]:
         """Honest gradients, on poisoned batches for the members of a data attack."""
@@ -60,47 +84,42 @@ class CorruptedCohort(Cohort):
 
     async def produce(self, pulled: Pulled) -> AsyncGenerator[tuple[int, Row], None]:
         """The cohort's updates, the members' replaced."""
-        metrics, members = self._adversary_metrics, self._members(pulled)
-        metrics.set("narses_adversary_active", float(bool(members)))
-        metrics.set("narses_adversary_colluders", len(members))
-        if not members or self._poison is not None or self._crafter is None:
-            async for worker, row in super().produce(pulled):
-                yield worker, row
-            return
-        honest = {worker: row async for worker, row in super().produce(pulled)}
-        header = pulled.header
-        forged = self._known(header)
-        if forged is None:
-            loop = asyncio.get_running_loop()
-            forged = await loop.run_in_executor(
-                self._executor, self._crafter.craft, header, pulled.parameters_D, honest, members
-            )
-            if forged is not None:
-                self._forged = (header.round, header.digest, forged)
-                metrics.observe(
-                    "narses_adversary_forge_duration_seconds", forged.seconds, attack=self._crafter.plan.name
-                )
-                metrics.set("narses_adversary_strength", self._crafter.strength(len(members)))
-                metrics.set("narses_adversary_observed_updates", len(honest))
-                metrics.set("narses_adversary_forged_distance_ratio", forged.distance_ratio)
-        for worker, row in honest.items():
-            yield worker, row if forged is None else forged.rows.get(worker, row)
+        header, members = pulled.header, self._members(pulled)
+        self._adversary_metrics.set("narses_adversary_active", float(bool(members)))
+        self._adversary_metrics.set("narses_adversary_colluders", len(members))
+        self._lied = (header.round, frozenset())
+        async with aclosing(super().produce(pulled)) as honest:
+            if not members or self.crafter is None or self._poison is not None:
+                self._lied = (header.round, frozenset(members))
+                async for worker, row_D in honest:
+                    yield worker, row_D
+                return
+            own = {worker: row_D async for worker, row_D in honest}
+        known = self.crafter.crafted(header)
+        forged = await asyncio.get_running_loop().run_in_executor(
+            self._executor, self.crafter.craft, header, pulled.parameters_D, own, members
+        )
+        if forged is not None:
+            self._lied = (header.round, frozenset(forged.rows))
+            if not known:
+                self._report(forged)
+        for worker, row_D in own.items():
+            yield worker, row_D if forged is None else forged.rows.get(worker, row_D)
 
     def settled(self, verdicts: Sequence[pb.PushResponse]) -> None:
-        """Count what became of the forged updates."""
-        if self._crafter is None or self._forged is None:
-            return
-        round_, _, forged = self._forged
+        """Count what became of the dishonest updates."""
+        round_, liars = self._lied
         for verdict in verdicts:
-            if verdict.round == round_ and verdict.worker in forged.rows:
+            if verdict.round == round_ and verdict.worker in liars:
                 refusal = REFUSALS.get(verdict.reason)
                 late = refusal is not None and refusal.outcome == "late"
                 outcome = "accepted" if verdict.code == OK else "late" if late else "rejected"
-                self._adversary_metrics.inc(
-                    "narses_adversary_updates_total", attack=self._crafter.plan.name, outcome=outcome
-                )
+                self._adversary_metrics.inc("narses_adversary_updates_total", attack=self._attack, outcome=outcome)
 
-    def _known(self, header: pb.RoundHeader) -> Forged | None:
-        if self._forged is not None and self._forged[:2] == (header.round, header.digest):
-            return self._forged[2]
-        return None
+    def _report(self, forged: Forged) -> None:
+        assert self.crafter is not None
+        metrics = self._adversary_metrics
+        metrics.observe("narses_adversary_forge_duration_seconds", forged.seconds, attack=self._attack)
+        metrics.set("narses_adversary_strength", self.crafter.strength(len(forged.rows)))
+        metrics.set("narses_adversary_observed_updates", forged.observed)
+        metrics.set("narses_adversary_forged_distance_ratio", forged.distance_ratio)

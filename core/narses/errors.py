@@ -4,6 +4,7 @@ NarsesError
 ├── ConfigError          a configuration value, name or combination is wrong (command line: exit code 2)
 ├── InputError           a tensor handed to a rule or an attack breaks its contract
 ├── DataError            a data set is absent or damaged
+├── CheckpointError      the disk does not take what must be durable
 ├── RefusedError         the peer answered with a status: .code, .reason, .message
 │   └── SessionLostError the session is gone; join again
 └── UnreachableError     no peer answered before the deadline
@@ -28,6 +29,10 @@ class InputError(NarsesError, ValueError):
 
 class DataError(NarsesError):
     """A data set is not where it was looked for, or its files are not what they should be."""
+
+
+class CheckpointError(NarsesError):
+    """State that must be durable before a round is acknowledged cannot be written."""
 
 
 class RefusedError(NarsesError):

@@ -16,11 +16,13 @@ from narses.errors import ConfigError, InputError
 
 
 def count(module: nn.Module) -> int:
-    """D, the number of parameters of `module`; ConfigError if one of them is not float32."""
+    """D, the number of parameters of `module`; ConfigError if one of them is not float32 or is not trained."""
     total = 0
     for name, parameter in module.named_parameters():
         if parameter.dtype != torch.float32:
             raise ConfigError(f"parameter {name} is {parameter.dtype}: a model must hold its parameters in float32")
+        if not parameter.requires_grad:
+            raise ConfigError(f"parameter {name} is frozen: what is not trained must be a buffer")
         total += parameter.numel()
     return total
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from narses.config import Config
 
@@ -23,8 +23,8 @@ class LearningRate(Config):
 class Task(Config):
     """Everything a worker needs to compute update (worker, round) from the round's parameters, and nothing about attacks.
 
-    model, dataset: registry tables. partition "shards": n disjoint equal shards, batches in order; "iid": each batch is drawn
-    with replacement from the whole training set. The batch of worker i in round t is a function of (seed, i, t) alone.
+    model, dataset, partition: registry tables. The batch of worker i in round t and its dropout masks are functions of
+    (seed, i, t) alone.
     """
 
     run_id: bytes = Field(min_length=16, max_length=16)
@@ -33,7 +33,7 @@ class Task(Config):
     rounds: PositiveInt
     model: dict[str, Any]
     dataset: dict[str, Any]
-    partition: Literal["shards", "iid"] = "shards"
+    partition: dict[str, Any] = Field(default_factory=lambda: {"name": "shards"})
     batch: PositiveInt
     update: Literal["gradient"] = "gradient"
     loss: Literal["cross-entropy"] = "cross-entropy"
@@ -44,3 +44,8 @@ class Task(Config):
     chunk_bytes: PositiveInt = 1 << 20
     dtype: Literal["float32"] = "float32"
     digest: Literal["blake3", "sha256"] = "blake3"
+
+    @field_validator("partition", mode="before")
+    @classmethod
+    def _table(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value

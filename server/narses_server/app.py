@@ -90,6 +90,7 @@ class Server:
             finally:
                 stopping.cancel()
                 self._service.close()
+        await self._ready(False)
         workers = max((run["config"]["round"]["n"] for run in self.summaries), default=0)
         if self.stop.is_set():
             await self._service.end(pb.NOTICE_KIND_DRAINING, "the server is shutting down", workers, FAREWELL_SECONDS)
@@ -115,6 +116,7 @@ class Server:
                 output=self.config.output,
                 watch=self._watch,
                 limit=lambda n, d: check_memory(n, d, self.config.memory_limit_bytes),
+                checkpoint=self.config.checkpoint,
             )
 
         run = await loop.run_in_executor(self._executor, build)

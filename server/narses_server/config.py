@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from narses import datasets, models, rules
+from narses import datasets, models, partition, rules
 from narses.config import Config
 from narses.observe.config import Endpoint, LogConfig
 from narses.observe.process import address, is_loopback
@@ -34,11 +34,11 @@ class TaskConfig(Config):
     """[task]: what the workers train."""
 
     model: Table
-    """The model: a name or a table of narses.models."""
+    """The model: a name or a table of narses.models, or an import string "module:Class", which workers must allow."""
     dataset: Table
-    """The data set: a name or a table of narses.datasets."""
-    partition: Literal["shards", "iid"] = "shards"
-    """n disjoint equal shards with batches in order, or batches drawn from the whole set with replacement."""
+    """The data set: a name or a table of narses.datasets, or an import string, as for the model."""
+    partition: Table = Field(default_factory=lambda: {"name": "shards"})
+    """Who trains on what, a name or a table of narses.partition: shards, iid, label (labels_per_worker), dirichlet (alpha)."""
     batch: PositiveInt
     """Samples per update."""
     seed: int = Field(default=1, ge=0, lt=2**63)
@@ -48,12 +48,13 @@ class TaskConfig(Config):
     digest: Literal["blake3", "sha256"] = "blake3"
     """Hash of every payload; sha256 is several times slower."""
 
-    _names = field_validator("model", "dataset", mode="before")(_table)
+    _names = field_validator("model", "dataset", "partition", mode="before")(_table)
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        models.make(self.model)
-        datasets.make(self.dataset)
+        models.make(self.model, trusted=True)
+        datasets.make(self.dataset, trusted=True)
+        partition.make(self.partition, trusted=True)
         return self
 
 
@@ -91,7 +92,7 @@ class RoundConfig(Config):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        name, need, quorum = self.rule["name"], self.built_rule.min_updates, self.quorum_required
+        need, name, quorum = self.built_rule.min_updates, self.rule["name"], self.quorum_required
         rules.check(self.built_rule, self.n, self.f)
         if quorum > self.n:
             raise ValueError(f"quorum = {quorum} is more than n = {self.n}")
@@ -144,6 +145,15 @@ class EvaluateConfig(Config):
     """Rounds between evaluations; the last parameters are always evaluated."""
 
 
+class CheckpointConfig(Config):
+    """[checkpoint]: a killed server resumes. Needs output. Without this section nothing is durable."""
+
+    every: PositiveInt = 1
+    """Rounds between checkpoints: with 1 no acknowledged round is ever played again, with k up to k-1 are."""
+    keep: int = Field(default=3, ge=2)
+    """Checkpoints kept; if the newest is damaged, the one before it is used."""
+
+
 class RunConfig(Config):
     """One run, complete."""
 
@@ -190,6 +200,7 @@ class ServerConfig(Config):
     round: RoundConfig
     optimizer: OptimizerConfig
     evaluate: EvaluateConfig | None = None
+    checkpoint: CheckpointConfig | None = None
     metrics: Endpoint = Endpoint()
     health: Endpoint = Endpoint()
     log: LogConfig = LogConfig()
@@ -219,6 +230,8 @@ class ServerConfig(Config):
                 f"listen = {self.listen} is reachable from other machines in plaintext; set insecure_remote = true to accept "
                 f"that, or listen on 127.0.0.1"
             )
+        if self.checkpoint is not None and self.output is None:
+            raise ValueError("[checkpoint] needs an output folder: set output")
         names = [run.name for run in self.resolved]
         if len(set(names)) < len(names):
             raise ValueError(

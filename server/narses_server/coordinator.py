@@ -4,41 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
-import torch
 
-from narses import datasets, flat, rules
-from narses.rpc.convert import table_to_wire
-from narses.rules import Context
+from narses import datasets, flat
 from narses.task import Task
-from narses.updates import Updates
-from narses_server.config import RunConfig
+from narses_server.config import CheckpointConfig, RunConfig
 from narses_server.matrix import UpdateMatrix
-from narses_server.model import Optimizer, initial_model, payload
+from narses_server.model import initial_model
 from narses_server.published import Published
 from narses_server.refusals import RefusalLog
 from narses_server.round import Decision, Policy, Round, Step, Verdict
 from narses_server.scoreboard import Scoreboard
 from narses_server.session import Sessions
+from narses_server.state import Closed, State
 from narses_server.watch import Watch
 
 log = structlog.get_logger("narses.server")
-
-
-class Closed(NamedTuple):
-    """What closing a round produced, in the executor."""
-
-    published: Published | None  # None: the step made the parameters non-finite
-    selected: tuple[int, ...] | None  # worker ids used whole by the rule
-    norm: float
-    seconds: dict[str, float]  # phase -> seconds
 
 
 class Run:
@@ -56,15 +43,20 @@ class Run:
         output: Path | None,
         watch: Watch,
         limit: Callable[[int, int], int],
+        checkpoint: CheckpointConfig | None = None,
     ) -> None:
-        """limit(n, D) -> the memory budget in bytes; raises ConfigError before anything large is allocated."""
+        """limit(n, D) -> the memory budget in bytes; raises ConfigError before anything large is allocated.
+
+        With checkpoint, the run goes on where an earlier process got to.
+        """
         self.config = config
         self._watch = watch
         dataset = datasets.load(datasets.make(config.task.dataset, trusted=True), data_dir)
         module = initial_model(config.task, dataset)
-        self._parameters_D = flat.flatten(module).contiguous()
+        self.state = state = State(config, module, watch, output=output, checkpoint=checkpoint)
+        self._first_round = 0 if state.resumed is None else state.resumed.rounds
         self.task = Task(
-            run_id=secrets.token_bytes(16),
+            run_id=state.run_id,
             run_name=config.name,
             n=config.round.n,
             rounds=config.round.rounds,
@@ -74,22 +66,18 @@ class Run:
             batch=config.task.batch,
             seed=config.task.seed,
             learning_rate=config.optimizer.schedule,
-            dimension=len(self._parameters_D),
+            dimension=len(state.parameters_D),
             layout=flat.layout_hash(module),
             chunk_bytes=config.task.chunk_bytes,
             digest=config.task.digest,
         )
-        self._rule = config.round.built_rule
-        self._rule_table = table_to_wire(rules.rule_table(self._rule))
-        self._optimizer = Optimizer(config.optimizer, self.task.dimension)
-        self._rule_state: object | None = None
         self.memory_budget = limit(self.task.n, self.task.dimension)
         self.matrix = UpdateMatrix(self.task.n, self.task.dimension)
         self.sessions = Sessions(self.task.n)
         self.policy = Policy(
             n=config.round.n,
             f=config.round.f,
-            min_updates=self._rule.min_updates,
+            min_updates=state.rule.min_updates,
             quorum=config.round.quorum_required,
             deadline=config.round.deadline,
             absent=config.round.absent,
@@ -102,7 +90,9 @@ class Run:
         self._drain_at: float | None = None
         self._changed = asyncio.Event()  # something the open round's decision depends on
         self._newer = asyncio.Event()  # replaced at every publication; set when a newer one exists
-        self._scores = Scoreboard(config, module, data_dir=data_dir, device=device, output=output, watch=watch)
+        self._scores = Scoreboard(
+            config, module, data_dir=data_dir, device=device, output=output, watch=watch, resumed=state.resumed
+        )
 
     # -- what the service asks -------------------------------------------------------------------------------------------
 
@@ -117,11 +107,6 @@ class Run:
     def closes_in(self) -> float:
         """Seconds until the open round's deadline."""
         return self.round.closes_at - self._now() if self.round is not None else 0.0
-
-    @property
-    def rule_table(self) -> str:
-        """The rule's registry table as canonical JSON."""
-        return self._rule_table
 
     @property
     def over(self) -> bool:
@@ -162,7 +147,13 @@ class Run:
         config, started = self.config, time.monotonic()
         self._off = executor
         outcome = "completed"
-        await self._all_joined(self._now() + start_timeout)
+        if self._first_round < self.task.rounds:
+            await self._all_joined(self._now() + start_timeout)
+        else:
+            log.warning(
+                "nothing to play: an earlier process finished this run; to play it again rename it or remove its output",
+                run=config.name,
+            )
         log.info(
             "run started",
             run=config.name,
@@ -172,13 +163,14 @@ class Run:
             rounds=self.task.rounds,
             dimension=self.task.dimension,
             joined=self.sessions.connected,
+            first_round=self._first_round,
         )
         for warning in config.round.warnings():
             log.warning(warning, run=config.name)
         first = time.monotonic()
         self._scores.start(executor)
-        newest: Published | None = await self._run(self._encode, 0)
-        last = 0  # rounds played
+        last = self._first_round  # rounds played
+        newest: Published | None = await self._run(self.state.encode, self.task, last)
         while newest is not None and last < self.task.rounds:
             if self._drain_at is not None:
                 outcome = "drained"
@@ -203,19 +195,21 @@ class Run:
             outcome = "diverged"
             self._watch.failed()
             log.warning("run ends early", run=config.name, round=last, why="the step made parameters non-finite")
-            newest = await self._run(self._encode, last)
+            newest = await self._run(self.state.encode, self.task, last)
+        if outcome == "drained":
+            await self._run(self.state.save, last, self._scores.extra())
         self._publish(dataclasses.replace(newest, finished=True))
         seconds = time.monotonic() - first
-        await self._scores.evaluate(last, self._parameters_D)
+        await self._scores.evaluate(last, self.state.parameters_D)
         summary = {
             "run": config.name,
             "outcome": outcome,
             "rounds": last,
-            "rounds_per_second": round(last / seconds, 2),
+            "rounds_per_second": round((last - self._first_round) / seconds, 2),
             "seconds": round(time.monotonic() - started, 3),
             "digest": newest.digest.hex(),
         }
-        summary = await self._scores.finish(summary, self._parameters_D)
+        summary = await self._scores.finish(summary, self.state.parameters_D)
         self._watch.run_ended(completed=outcome == "completed")
         return summary
 
@@ -230,7 +224,7 @@ class Run:
         self.round = Round(index, published.digest, self.policy, self._now())
         self.refused_this_round = {}
         self._publish(published)
-        self._watch.opened(index, self._optimizer.learning_rate(index))
+        self._watch.opened(index, self.state.learning_rate(index))
         return self.round
 
     async def _collect(self, open_round: Round) -> Decision:
@@ -269,7 +263,9 @@ class Run:
         """Aggregate and step: the next round's parameters, encoded; None if they are no longer finite."""
         assert self.round is not None
         opened, collected = self.round.opened, self._now()
-        closed: Closed = await self._run(self._aggregate_and_step, index, decision.rows, decision.f)
+        closed: Closed = await self._run(
+            self.state.close, self.task, index, self.matrix.rows_ND, decision.rows, decision.f, self._scores.extra()
+        )
         if closed.published is None:
             return None
         seconds = self._now() - opened
@@ -287,40 +283,8 @@ class Run:
             }
         )
         if self._scores.due(index + 1):
-            await self._scores.evaluate_beside(index + 1, self._parameters_D)
+            await self._scores.evaluate_beside(index + 1, self.state.parameters_D)
         return closed.published
-
-    def _aggregate_and_step(self, index: int, rows: tuple[int, ...], f: int) -> Closed:
-        """In the executor: the rule, the step, the encoding of the next round's parameters."""
-        clock = [time.perf_counter()]
-        matrix_ND = torch.from_numpy(self.matrix.rows_ND)
-        updates = Updates.of(matrix_ND, rows=None if len(rows) == self.task.n else list(rows), finite=True)
-        context = Context(
-            round=index,
-            parameters_D=self._parameters_D,
-            learning_rate=self._optimizer.learning_rate(index),
-            state=self._rule_state,
-            trusted=None,
-        )
-        aggregation = self._rule(updates, f, context)
-        self._rule_state = aggregation.state
-        norm = float(torch.linalg.vector_norm(aggregation.vector_D, dtype=torch.float64))
-        clock.append(time.perf_counter())
-        selected = None if aggregation.selected is None else tuple(rows[i] for i in aggregation.selected.tolist())
-        newer_D = self._optimizer.step(self._parameters_D, aggregation.vector_D, index)
-        del aggregation
-        finite = bool(torch.isfinite(newer_D).all())
-        if finite:
-            self._parameters_D = newer_D
-        clock.append(time.perf_counter())
-        published = self._encode(index + 1) if finite else None
-        clock.append(time.perf_counter())
-        phases = ("aggregate", "apply", "publish")
-        seconds = {phase: b - a for phase, a, b in zip(phases, clock, clock[1:], strict=False)}
-        return Closed(published, selected, norm, seconds)
-
-    def _encode(self, round_: int) -> Published:
-        return Published.of(round_, payload(self._parameters_D), self.task.digest, self.task.chunk_bytes)
 
     def _publish(self, published: Published) -> None:
         self.published = published

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +10,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from narses import datasets, flat, models
 from narses.models.compute import choose_device, one_thread
+from narses.seeding import generator
 
 BATCH = 500  # fits the caches with CNN-S's feature maps; larger ones are slower on a CPU
+STATISTICS = 2048
+"""Training samples that BatchNorm's running statistics are computed from before an evaluation, or all if there are fewer."""
 
 
 class Evaluation(NamedTuple):
@@ -26,31 +31,66 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """Pure tensor work for an executor thread, deterministic: the model is run on the vector itself, without a copy of it.
 
+    BatchNorm's running statistics never travel, since a worker could lie about them. Each evaluation computes them anew
+    from the server's own training data, in one pass with dropout off, and then classifies with them.
     The tables are the server's own configuration, so import strings and `download` count.
     """
 
     def __init__(
         self, model_table: Any, dataset_table: Any, seed: int, data_dir: Path | None = None, device: str = "auto"
     ) -> None:
-        """ConfigError: an unknown name, an absent device, a model that cannot take the data. DataError: no data."""
+        """seed: of the choice of samples for running statistics.
+
+        ConfigError: an unknown name, an absent device, a model that cannot take the data. DataError: no data.
+        """
         data = datasets.load(dataset_table, data_dir, trusted=True)
         self.device = choose_device(device)
         module = models.make(model_table, trusted=True).build(data.shape, data.classes, seed)
-        self._module = module.to("meta").eval()
+        self._buffers = {name: buffer.to(self.device) for name, buffer in module.named_buffers()}
+        self._saved = [name for name in module.state_dict() if name in self._buffers]
+        self._module = module.to("meta").eval()  # without the memory
         self._inputs = data.test_inputs.to(self.device)
         self._labels = data.test_labels.to(self.device)
 
+        self._measuring = copy.deepcopy(self._module)
+        norms = [layer for layer in self._measuring.modules() if isinstance(layer, _BatchNorm)]
+        norms = [layer for layer in norms if layer.track_running_stats]
+        for layer in norms:
+            layer.train()
+            layer.momentum = None  # the mean over batches, each weighing the same
+        size = len(data.train_labels) if norms else 0
+        chosen = torch.randperm(size, generator=generator(seed, "statistics"))[:STATISTICS]
+        self._sample = data.train_inputs[chosen].to(self.device)
+
     def __call__(self, parameters_D: Tensor) -> Evaluation:
         """Evaluate a (D,) float32 vector on any device; InputError if the model has another number of parameters."""
-        parameters_D = parameters_D.to(self.device)
-        names = [name for name, _ in self._module.named_parameters()]
-        parameters = dict(zip(names, flat.views(parameters_D, self._module), strict=True))
+        parameters = self._named(parameters_D)
         correct, loss = 0, 0.0
         with one_thread(), torch.no_grad():
+            state = parameters | self._measure(parameters)
             for inputs, labels_B in zip(
                 torch.split(self._inputs, BATCH), torch.split(self._labels, BATCH), strict=True
             ):
-                logits = functional_call(self._module, parameters, inputs)
+                logits = functional_call(self._module, state, inputs)
                 correct += int((logits.argmax(1) == labels_B).sum())
                 loss += float(cross_entropy(logits, labels_B, reduction="sum"))
         return Evaluation(correct / len(self._labels), loss / len(self._labels))
+
+    def buffers(self, parameters_D: Tensor) -> dict[str, Tensor]:
+        """The buffers of the module's state_dict, on the CPU, as evaluating `parameters_D` (D,) uses them."""
+        with one_thread(), torch.no_grad():
+            buffers = self._measure(self._named(parameters_D))
+        return {name: buffers[name].cpu() for name in self._saved}
+
+    def _named(self, parameters_D: Tensor) -> dict[str, Tensor]:
+        names = [name for name, _ in self._module.named_parameters()]
+        return dict(zip(names, flat.views(parameters_D.to(self.device), self._module), strict=True))
+
+    def _measure(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fresh buffers with BatchNorm's running statistics at `parameters`; the model's own where it has no BatchNorm."""
+        if not len(self._sample):
+            return self._buffers
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        for inputs in self._sample.tensor_split(-(-len(self._sample) // BATCH)):
+            functional_call(self._measuring, parameters | buffers, inputs)
+        return buffers

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from narses import flat, models
 from narses.datasets import Dataset
+from narses.models.compute import trial
 from narses_server.config import OptimizerConfig, TaskConfig
 
 
@@ -35,10 +38,21 @@ class Optimizer:
             step_D.copy_(self._velocity_D.mul_(self._config.momentum).add_(step_D))
         return step_D.add_(parameters_D)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+        return {} if self._velocity_D is None else {"velocity": self._velocity_D}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        if self._velocity_D is not None:
+            self._velocity_D.copy_(tensors["velocity"])
+
 
 def initial_model(task: TaskConfig, dataset: Dataset) -> nn.Module:
-    """The run's model with its first parameters, from the task's seed."""
-    return models.make(task.model, trusted=True).build(dataset.shape, dataset.classes, task.seed)
+    """The run's model with its first parameters, from the task's seed; ConfigError if it is no model for this data."""
+    module = models.make(task.model, trusted=True).build(dataset.shape, dataset.classes, task.seed)
+    trial(module, dataset.train_inputs[:2], dataset.classes)
+    return module
 
 
 def named(parameters_D: Tensor, module: nn.Module) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ class Published:
         frames = tuple(chunk_frames(payload, chunk_bytes))
         return cls(round_, digest(algorithm, payload), frames, len(payload))
 
-    def header(self, run_id: bytes, n: int, f: int, rule: str, closes_in: float) -> pb.RoundHeader:
-        """The header of a reply sent `closes_in` seconds before the round's deadline."""
+    def header(self, run_id: bytes, n: int, f: int, rule: str, closes_in: float, durable: int | None) -> pb.RoundHeader:
+        """The header of a reply sent `closes_in` seconds before the deadline; durable: the last round that is on disk."""
         return pb.RoundHeader(
             run_id=run_id,
             round=self.round,
@@ -38,4 +38,5 @@ class Published:
             digest=self.digest,
             byte_length=self.byte_length,
             dtype=pb.DATA_TYPE_FLOAT32,
+            durable_round=durable,
         )

@@ -21,7 +21,10 @@ from narses_server.session import Session, refused
 from narses_server.watch import Watch
 
 IDLE_SECONDS = 30.0
-"""A stream that sends no frame for this long is cut: it would hold a row and a handler for nothing."""
+"""A stream that sends no frame inside an update for this long is cut: it would hold a row for nothing."""
+
+PAUSE_SECONDS = 600.0
+"""Between two updates a stream may be silent for longer: the next gradient is being computed, and only a handler is held."""
 
 Read = Callable[[], Awaitable[Any]]
 Write = Callable[[bytes], Awaitable[None]]
@@ -57,16 +60,20 @@ class PushStream:
         """Until the client has sent its last update. RefusedError where the stream itself is broken."""
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(IDLE_SECONDS) as idle:
+            async with asyncio.timeout(PAUSE_SECONDS) as silence:
                 while (frame := await read()) is not grpc.aio.EOF:
-                    idle.reschedule(loop.time() + IDLE_SECONDS)
                     await self._frame(frame)
+                    silence.reschedule(loop.time() + self._patience)
             if self._update is not None and not self._update.decided:
                 await self._decide(Verdict("INCOMPLETE", "the stream ended before the update's trailer; send again"))
         except TimeoutError:
-            raise refused("INCOMPLETE", f"no frame came for {IDLE_SECONDS:.0f} s; send again") from None
+            raise refused("INCOMPLETE", f"no frame came for {self._patience:g} s; send again") from None
         finally:
             await self._abandon()
+
+    @property
+    def _patience(self) -> float:
+        return PAUSE_SECONDS if self._update is None else IDLE_SECONDS
 
     async def _frame(self, frame: bytes) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,26 +17,36 @@ from narses_server.model import named
 class Results:
     """Files of one run under `folder`; with folder None everything is dropped."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, resume_at: int = 0) -> None:
+        """resume_at: keep the lines of earlier rounds, of an earlier process."""
         self._folder = folder
         self._rounds: TextIO | None = None
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                self._rounds = (folder / "rounds.jsonl").open("w", encoding="utf-8")
+                path = folder / "rounds.jsonl"
+                kept = _lines_before(path, resume_at)
+                # Line by line: what was written survives the process, though not the machine.
+                self._rounds = path.open("w", encoding="utf-8", buffering=1)
+                self._rounds.writelines(kept)
             except OSError as error:
                 raise ConfigError(f"output folder {folder}: cannot be written ({error.strerror})") from None
 
+    @property
+    def kept(self) -> bool:
+        """Whether anything is written."""
+        return self._folder is not None
+
     def round(self, line: dict[str, Any]) -> None:
-        """Append one round; buffered, so the disk is touched once in many rounds."""
+        """Append one round."""
         if self._rounds is not None:
             self._rounds.write(json.dumps(line) + "\n")
 
-    def model(self, name: str, parameters_D: Tensor, module: nn.Module) -> None:
-        """Write the parameters as `name`.safetensors under the model's own names."""
+    def model(self, name: str, parameters_D: Tensor, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+        """Write the parameters, and the buffers that belong to them, as `name`.safetensors under the model's own names."""
         if self._folder is not None:
             partial = self._folder / f"{name}.safetensors.partial"
-            save_file(named(parameters_D, module), partial)
+            save_file({**named(parameters_D, module), **buffers}, partial)
             partial.replace(self._folder / f"{name}.safetensors")
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -46,3 +57,17 @@ class Results:
         partial = self._folder / "summary.json.partial"
         partial.write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(self._folder / "summary.json")
+
+
+def _lines_before(path: Path, round_: int) -> list[str]:
+    """The complete lines of rounds before `round_`."""
+    if not round_ or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["round"] < round_ and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that a kill cut short
+    return kept

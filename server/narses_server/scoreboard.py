@@ -12,9 +12,11 @@ from typing import Any
 import structlog
 from torch import Tensor, nn
 
+from narses_server.checkpoint import Checkpoint
 from narses_server.config import RunConfig
 from narses_server.evaluate import Evaluation, Evaluator
 from narses_server.results import Results
+from narses_server.state import Extra
 from narses_server.watch import Watch
 
 log = structlog.get_logger("narses.server")
@@ -34,8 +36,9 @@ class Scoreboard:
         device: str,
         output: Path | None,
         watch: Watch,
+        resumed: Checkpoint | None = None,
     ) -> None:
-        """module: the model, for the names and shapes of its parameters."""
+        """module: the model, for the names and shapes of its parameters. resumed: where an earlier process got to."""
         self._config = config
         self._module = module.to("meta")  # without the memory
         self._watch = watch
@@ -45,10 +48,30 @@ class Scoreboard:
             if self._every
             else None
         )
-        self._results = Results(output / config.name if output is not None else None)
+        done = resumed.rounds if resumed is not None else 0
+        self._results = Results(output / config.name if output is not None else None, resume_at=done)
         self._evaluations: dict[int, Evaluation] = {}
         self._running: asyncio.Task[None] | None = None
         self.best: tuple[float, int, Tensor] | None = None  # accuracy, round, parameters
+        if resumed is not None:
+            self._restore(resumed)
+
+    def extra(self) -> Extra:
+        """What a checkpoint keeps of it. An evaluation that is still running is not there yet."""
+        return Extra(
+            tensors={} if self.best is None else {"best": self.best[2]},
+            facts={
+                "evaluations": [[after, e.accuracy, _finite(e.loss)] for after, e in sorted(self._evaluations.items())],
+                "best": None if self.best is None else [self.best[0], self.best[1]],
+            },
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        for after, accuracy, loss in checkpoint.facts["evaluations"]:
+            self._evaluations[after] = Evaluation(accuracy, math.nan if loss is None else loss)
+        if checkpoint.facts["best"] is not None:
+            accuracy, after = checkpoint.facts["best"]
+            self.best = (accuracy, after, checkpoint.tensors["best"])
 
     def start(self, executor: Executor) -> None:
         """The first round is about to open."""
@@ -133,10 +156,15 @@ class Scoreboard:
         return whole
 
     def _write(self, summary: dict[str, Any], parameters_D: Tensor) -> None:
-        self._results.model("final", parameters_D, self._module)
+        self._write_model("final", parameters_D)
         if self.best is not None:
-            self._results.model("best", self.best[2], self._module)
+            self._write_model("best", self.best[2])
         self._results.finish(summary)
+
+    def _write_model(self, name: str, parameters_D: Tensor) -> None:
+        if self._results.kept:
+            buffers = {} if self._evaluator is None else self._evaluator.buffers(parameters_D)
+            self._results.model(name, parameters_D, self._module, buffers)
 
 
 def _finite(value: float) -> float | None:

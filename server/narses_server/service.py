@@ -139,7 +139,14 @@ class Service:
                 await context.write(pb.PullResponse(header=header).SerializeToString())
                 self._watch.pulled("not_modified")
                 return
-            header = published.header(run.task.run_id, run.task.n, run.policy.f, run.rule_table, run.closes_in())
+            header = published.header(
+                run.task.run_id,
+                run.task.n,
+                run.policy.f,
+                run.state.rule_table,
+                run.closes_in(),
+                run.state.durable_round,
+            )
             await context.write(pb.PullResponse(header=header).SerializeToString())
             for frame in published.frames:
                 await context.write(frame)

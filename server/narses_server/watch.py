@@ -106,6 +106,19 @@ class Watch:
         for worker in rows if selected is None else selected:
             m.inc("narses_server_worker_selected_total", worker=m.worker(worker))
 
+    def checkpointed(self, rounds: int, size: int, seconds: float) -> None:
+        """The state after `rounds` rounds is durable."""
+        m = self.metrics
+        m.inc("narses_server_checkpoint_writes_total", outcome="ok")
+        m.observe("narses_server_checkpoint_duration_seconds", seconds)
+        m.set("narses_server_checkpoint_last_success_timestamp_seconds", time.time())
+        m.set("narses_server_checkpoint_size_bytes", size)
+        m.set("narses_server_checkpoint_round", rounds - 1)
+
+    def checkpoint_failed(self) -> None:
+        """The disk did not take a checkpoint."""
+        self.metrics.inc("narses_server_checkpoint_writes_total", outcome="failed")
+
     def evaluated(self, accuracy: float, loss: float, seconds: float) -> None:
         """The test data were classified."""
         m = self.metrics

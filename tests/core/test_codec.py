@@ -172,6 +172,13 @@ def test_a_chunk_is_a_view_of_its_frame() -> None:
     assert chunk.obj is frame
 
 
+def test_a_length_that_is_not_minimal_goes_to_the_generated_parser() -> None:
+    assert chunk_of(b"\x12\x01a") == b"a"
+    assert chunk_of(b"\x12\x81\x00a") is None
+    assert chunk_of(b"\x12\x80\x00") is None
+    assert parse_push(b"\x12\x81\x00a") == b"a"
+
+
 @given(push_requests)
 def test_only_chunks_take_the_fast_path(data: bytes) -> None:
     message = pb.PushRequest.FromString(data)

@@ -97,7 +97,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         Outer.load(path)
     assert str(error.value) == f"{path}: name is required; unknown key size (value 3)"
-    with pytest.raises(ConfigError, match="^command line: name is required"):
+    with pytest.raises(ConfigError, match=r"^command line: name is required"):
         Outer.load(None)
 
 

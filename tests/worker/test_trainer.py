@@ -82,7 +82,8 @@ def _at_offset(vector: Tensor, floats: int) -> Tensor:
 def _reference(task: Task, worker: int, round_: int, parameters: Tensor) -> tuple[float, Tensor]:
     """Loss and gradient by autograd in float64."""
     data = datasets.load(task.dataset, None)
-    index = partition.batch(task.seed, task.partition, task.n, len(data.train_labels), worker, round_, task.batch)
+    division = partition.make(task.partition).divide(task.seed, task.n, data.train_labels)
+    index = division.batch(worker, round_, task.batch)
     module = models.make(task.model).build(data.shape, data.classes, 0)
     flat.write(parameters, module)
     module.double()

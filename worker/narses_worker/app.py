@@ -51,6 +51,7 @@ def honest(config: WorkerConfig, surroundings: Surroundings) -> Daemon:
             device=config.device,
             data_dir=config.data_dir,
             metrics=surroundings.metrics,
+            allow=config.allow,
         )
 
     daemon = Daemon(config, config.workers, make, surroundings)

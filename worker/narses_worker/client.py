@@ -225,24 +225,12 @@ class Push:
         )
         state = hasher(task.digest)
         payload = row_D.view(np.uint8).data
-        pieces = [payload[at : at + task.chunk_bytes] for at in range(0, len(payload), task.chunk_bytes)]
-
-        def framed(piece: memoryview) -> bytes:
-            state.update(piece)
-            return chunk_frame(piece)
-
         await self.write(pb.PushRequest(header=header).SerializeToString())
-        if len(pieces) == 1 and len(payload) <= INLINE_BYTES:
-            await self.write(framed(pieces[0]))
-        else:
-            # One piece is hashed and framed while the one before it is on its way.
-            loop, executor = asyncio.get_running_loop(), self._session._executor
-            job = loop.run_in_executor(executor, framed, pieces[0])
-            for following in [*pieces[1:], None]:
-                frame = await job
-                if following is not None:
-                    job = loop.run_in_executor(executor, framed, following)
-                await self.write(frame)
+        for at in range(0, len(payload), task.chunk_bytes):
+            # On the loop thread: a hop to another costs what hashing a piece does, and gRPC sends the one before it meanwhile.
+            piece = payload[at : at + task.chunk_bytes]
+            state.update(piece)
+            await self.write(chunk_frame(piece))
         await self.write(pb.PushRequest(trailer=pb.UpdateTrailer(digest=state.digest())).SerializeToString())
         if self._session.client.metrics is not None:
             self._session.client.metrics.inc("narses_worker_sent_bytes_total", row_D.nbytes, rpc="push")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Protocol
@@ -49,10 +49,11 @@ class Cohort:
         device: str = "auto",
         data_dir: Path | None = None,
         metrics: Metrics | None = None,
+        allow: Collection[str] = (),
     ) -> None:
         self.task = task
         self.workers = tuple(workers)
-        self.trainer = Trainer(task, self.workers, device=device, data_dir=data_dir)
+        self.trainer = Trainer(task, self.workers, device=device, data_dir=data_dir, allow=allow)
         stride = -(-task.dimension * 4 // 64) * 64
         raw = np.empty(len(self.workers) * stride + 64, np.uint8)
         start = -raw.ctypes.data % 64

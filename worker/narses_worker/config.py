@@ -10,6 +10,10 @@ from pydantic import PositiveFloat, PositiveInt, field_validator, model_validato
 from narses.config import Config
 from narses.observe.config import Endpoint, LogConfig
 from narses.observe.process import address, is_loopback
+from narses.registry import is_import_string
+
+MOST_WORKERS = 4096
+"""Logical workers of the largest run that a server opens."""
 
 
 class ClientConfig(Config):
@@ -62,6 +66,8 @@ class WorkerConfig(ClientConfig):
     """Where gradients are computed."""
     data_dir: Path | None = None
     """Where data sets lie; absent: NARSES_DATA_DIR, else ~/.cache/narses/data."""
+    allow: tuple[str, ...] = ()
+    """Import strings "module:Class" that a server may name as model, data set or partition; all others are refused."""
     threads: PositiveInt = 1
     """Of torch. Each update is computed on one thread whatever this says, so that its bits do not depend on it."""
 
@@ -69,6 +75,14 @@ class WorkerConfig(ClientConfig):
     @classmethod
     def _ids(cls, value: Any) -> Any:
         return parse_ids(value)
+
+    @field_validator("allow", mode="before")
+    @classmethod
+    def _imports(cls, value: Any) -> Any:
+        for entry in value if isinstance(value, list | tuple) else ():
+            if isinstance(entry, str) and not is_import_string(entry):
+                raise ValueError(f'{entry!r}: expected import strings such as "my_package.models:MyModel"')
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("data_dir", mode="before")
     @classmethod
@@ -84,14 +98,16 @@ def parse_ids(value: Any) -> Any:
             first, dash, last = part.strip().partition("-")
             if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
                 raise ValueError(f'{value!r}: expected worker ids such as "0-5,8"')
-            if dash and int(last) - int(first) >= 4096:
-                raise ValueError(f"{value!r}: at most 4096 workers")
+            if dash and int(last) - int(first) >= MOST_WORKERS:
+                raise ValueError(f"{value!r}: at most {MOST_WORKERS} workers")
             ids.extend(range(int(first), int(last or first) + 1))
         value = ids
+    if type(value) is int:
+        value = [value]
     if isinstance(value, list | tuple) and all(type(i) is int for i in value):
-        if not value or min(value) < 0:
-            raise ValueError(f"{list(value)}: expected one or more ids, counted from 0")
+        if not value or min(value) < 0 or max(value) >= MOST_WORKERS:
+            raise ValueError(f"{list(value)}: expected one or more ids from 0 to {MOST_WORKERS - 1}")
         if len(set(value)) < len(value):
             raise ValueError(f"{list(value)}: an id is there twice")
         return tuple(sorted(value))
-    return value
+    return tuple(value) if isinstance(value, list) else value

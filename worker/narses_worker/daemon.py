@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from importlib import metadata
 from typing import Any
 
 import structlog
@@ -17,6 +16,7 @@ from narses.errors import NarsesError, RefusedError, SessionLostError, Unreachab
 from narses.observe.daemon import Surroundings
 from narses.observe.health import READINESS
 from narses.observe.metrics import Metrics
+from narses.observe.process import build_info
 from narses.rpc.status import OK, REFUSALS
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses_worker.client import Client, Pulled, Session
@@ -44,6 +44,7 @@ class Daemon:
         self.metrics: Metrics = surroundings.metrics
         self.executor: Executor = ThreadPoolExecutor(2, thread_name_prefix="narses-tensor")
         self._make = make
+        self._software = f"narses {build_info()['version']}"
         self._failing = ("", 0.0)  # how, and since when, nothing works
         self._failures = 0
         self._playing: asyncio.Task[None] | None = None
@@ -63,7 +64,7 @@ class Daemon:
         """Join and play on one channel until it breaks; True when there is nothing more to do."""
         while not self.stop.is_set():
             try:
-                joined = await self._unless_stopped(client.join(self.workers, f"narses {metadata.version('narses')}"))
+                joined = await self._unless_stopped(client.join(self.workers, self._software))
                 if joined is None:
                     return True
                 self._failing = ("", 0.0)
@@ -80,7 +81,7 @@ class Daemon:
             except UnreachableError as error:
                 if self._failing_for("unreachable") > self.config.connect_timeout:
                     raise UnreachableError(
-                        f"no server answered at {self.config.server} for {self.config.connect_timeout:.0f} s ({error}); check "
+                        f"no server answered at {self.config.server} for {self.config.connect_timeout:g} s ({error}); check "
                         f"the address and that the server runs"
                     ) from None
                 await self._back_off("join", "unreachable", error)

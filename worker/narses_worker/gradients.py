@@ -5,6 +5,7 @@ B = samples in the batch, H = inputs of a layer, O = outputs of a layer, D = par
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -12,12 +13,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from narses import flat
+from narses.models.compute import seeded
 
 
 class Gradient(Protocol):
-    """parameters_D, out_D: (D,) contiguous float32 on the CPU; inputs: float32 (B, *shape); labels_B: int64."""
+    """parameters_D, out_D: (D,) contiguous float32 on the CPU; inputs: float32 (B, *shape); labels_B: int64.
 
-    def __call__(self, parameters_D: Tensor, inputs: Tensor, labels_B: Tensor, out_D: Tensor) -> float:
+    seed: of what the model draws (dropout masks); None for a model that draws nothing.
+    """
+
+    def __call__(
+        self, parameters_D: Tensor, inputs: Tensor, labels_B: Tensor, out_D: Tensor, seed: int | None = None
+    ) -> float:
         """Write the gradient of the mean loss at parameters_D into out_D and return the mean loss."""
         ...
 
@@ -52,7 +59,9 @@ class DenseGradient:
         assert is_dense(module)
         self._module = module
 
-    def __call__(self, parameters_D: Tensor, inputs: Tensor, labels_B: Tensor, out_D: Tensor) -> float:
+    def __call__(
+        self, parameters_D: Tensor, inputs: Tensor, labels_B: Tensor, out_D: Tensor, seed: int | None = None
+    ) -> float:
         """As Gradient."""
         values, gradients = flat.views(parameters_D, self._module), flat.views(out_D, self._module)
         layers = [(weight_OH, bias_O) for weight_OH, bias_O in zip(values[::2], values[1::2], strict=True)]
@@ -77,19 +86,29 @@ class DenseGradient:
 
 
 class AutogradGradient:
-    """Reverse-mode differentiation by torch: any module, any device."""
+    """Reverse-mode differentiation by torch: any module, any device, in training mode.
+
+    Buffers (BatchNorm's running statistics) are set back before each call: what one update leaves there no other sees.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module = module.to(device)
+        self._module = module.to(device).train()
         self._parameters = list(self._module.parameters())
+        self._buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
         self._device = device
 
-    def __call__(self, parameters_D: Tensor, inputs: Tensor, labels_B: Tensor, out_D: Tensor) -> float:
+    def __call__(
+        self, parameters_D: Tensor, inputs: Tensor, labels_B: Tensor, out_D: Tensor, seed: int | None = None
+    ) -> float:
         """As Gradient; on another device than the CPU whole vectors are moved, once each way."""
         flat.write(parameters_D.to(self._device), self._module)
+        for buffer, first in self._buffers:
+            buffer.copy_(first)
         with torch.enable_grad():
-            loss = cross_entropy(self._module(inputs.to(self._device)), labels_B.to(self._device))
-            gradients = torch.autograd.grad(loss, self._parameters)
+            with nullcontext() if seed is None else seeded(seed, self._device):
+                loss = cross_entropy(self._module(inputs.to(self._device)), labels_B.to(self._device))
+            # A parameter that the loss does not depend on has gradient 0.
+            gradients = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
         row_D = out_D if self._device.type == "cpu" else torch.empty_like(out_D, device=self._device)
         for view, gradient in zip(flat.views(row_D, self._module), gradients, strict=True):
             view.copy_(gradient)

@@ -5,7 +5,7 @@ D = parameters in the flat vector, B = samples in a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from narses import datasets, flat, models, partition
 from narses.errors import ConfigError, InputError
-from narses.models.compute import choose_device, one_thread
-from narses.seeding import generator
+from narses.models.compute import choose_device, one_thread, trial
+from narses.seeding import derive, generator
 from narses.task import Task
 from narses_worker.gradients import gradient_of
 
@@ -39,7 +39,8 @@ class Trainer:
     """Computes the updates of `workers`, one at a time, on one thread; call it from one thread at a time.
 
     On the CPU the bits of an update depend on (parameters, task.seed, worker, round) and nothing else: not on the other
-    workers, on earlier calls, on the number of cores or on where the vectors lie in memory. On CUDA: close, not equal.
+    workers, on earlier calls, on the number of cores or on where the vectors lie in memory. Dropout masks too are a function
+    of (task.seed, worker, round), and BatchNorm takes the batch's own statistics. On CUDA: close, not equal.
     `poison`, if any, is applied to every batch; it may be replaced between updates.
     """
 
@@ -51,26 +52,31 @@ class Trainer:
         device: str = "auto",
         data_dir: Path | None = None,
         poison: Poison | None = None,
+        allow: Collection[str] = (),
     ) -> None:
         """Build the task's model and load its data.
 
-        ConfigError: an unknown name (import strings are refused: the task came over the wire), a worker the task does
-        not have, an absent device, or a model that is not the server's. DataError: the data set is not on this machine.
+        allow: the import strings that the task, which came over the wire, may name.
+        ConfigError: an unknown name, an import string that is not allowed, a worker the task does not have, an absent
+        device, or a model that is not the server's. DataError: the data set is not on this machine.
         """
         self.task = task
         self.workers = tuple(workers)
         self.device = choose_device(device)
         self.poison = poison
-        self._data = datasets.load(task.dataset, data_dir)
+        self._data = datasets.load(task.dataset, data_dir, allow=allow)
+        self._shares = partition.make(task.partition, allow=allow).divide(task.seed, task.n, self._data.train_labels)
         for worker in self.workers:
             self._indices(worker, 0)
-        module = models.make(task.model).build(self._data.shape, self._data.classes, task.seed)
+        module = models.make(task.model, allow=allow).build(self._data.shape, self._data.classes, task.seed)
         if flat.count(module) != task.dimension or flat.layout_hash(module) != task.layout:
             raise ConfigError(
                 f"model {task.model} on data set {task.dataset} has {flat.count(module)} parameters here and "
                 f"{task.dimension} at the server, or in another layout: run the same version of narses on both sides"
             )
         self._gradient = gradient_of(module, self.device)
+        with one_thread():
+            self._draws = trial(module, self._data.train_inputs[:2].to(self.device), self._data.classes)
         self._parameters_D = torch.empty(task.dimension)
         self._row_D = torch.empty(task.dimension)
 
@@ -88,7 +94,8 @@ class Trainer:
         row_D = out if _aligned(out) else self._row_D
         with one_thread():
             inputs, labels_B = self.batch(worker, round_)
-            loss = self._gradient(self._aligned_parameters(parameters_D), inputs, labels_B, row_D)
+            seed = derive(self.task.seed, "model", worker, round_) if self._draws else None
+            loss = self._gradient(self._aligned_parameters(parameters_D), inputs, labels_B, row_D, seed)
             norm = torch.linalg.vector_norm(row_D).item()
         if row_D is not out:
             out.copy_(row_D)
@@ -111,9 +118,7 @@ class Trainer:
         return inputs.contiguous(), labels_B
 
     def _indices(self, worker: int, round_: int) -> Tensor:
-        task = self.task
-        size = len(self._data.train_labels)
-        return partition.batch(task.seed, task.partition, task.n, size, worker, round_, task.batch)
+        return self._shares.batch(worker, round_, self.task.batch)
 
     def _aligned_parameters(self, parameters_D: Vector) -> Tensor:
         if isinstance(parameters_D, np.ndarray) and not parameters_D.flags.writeable:

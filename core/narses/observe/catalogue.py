@@ -141,7 +141,7 @@ def _server() -> tuple[Metric, ...]:
             "round_phase_duration_seconds",
             "histogram",
             "Where a round's time goes; worry when `collect` is not the longest: the server has become the bottleneck.",
-            phase=("publish", "collect", "aggregate", "apply", "evaluate"),
+            phase=("publish", "collect", "aggregate", "apply", "checkpoint", "evaluate"),
         ),
         metric(
             "round_last_completed_timestamp_seconds",
@@ -265,6 +265,24 @@ def _server() -> tuple[Metric, ...]:
             "gauge",
             "Unix time of the last evaluation, 0 before the first; worry when it is old: accuracy and loss are as old.",
         ),
+        metric(
+            "checkpoint_writes_total",
+            "counter",
+            "Checkpoints by outcome; worry at any `failed`: the run has stopped because its state cannot be made durable.",
+            outcome=("ok", "failed"),
+        ),
+        metric(
+            "checkpoint_duration_seconds",
+            "histogram",
+            "Time to make one checkpoint durable, fsync included; worry when it rivals the round's duration.",
+        ),
+        metric(
+            "checkpoint_last_success_timestamp_seconds",
+            "gauge",
+            "Unix time of the last durable checkpoint, 0 if there is none; worry when it is older than a few rounds.",
+        ),
+        metric("checkpoint_size_bytes", "gauge", "Bytes of the last checkpoint."),
+        metric("checkpoint_round", "gauge", "The last round that a restarted server would not play again."),
         metric("learning_rate", "gauge", "The learning rate of the current round."),
         metric("model_parameters", "gauge", "D, the number of parameters in the flat vector."),
     )

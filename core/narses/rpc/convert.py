@@ -10,7 +10,6 @@ from narses.errors import ConfigError
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses.task import LearningRate, Task
 
-_PARTITIONS = {"shards": pb.PARTITION_SHARDS, "iid": pb.PARTITION_IID}
 _UPDATES = {"gradient": pb.UPDATE_KIND_GRADIENT}
 _DTYPES = {"float32": pb.DATA_TYPE_FLOAT32}
 _DIGESTS = {"blake3": pb.DIGEST_ALGORITHM_BLAKE3, "sha256": pb.DIGEST_ALGORITHM_SHA256}
@@ -46,7 +45,7 @@ def task_to_wire(task: Task) -> pb.Task:
         rounds=task.rounds,
         model=table_to_wire(task.model),
         dataset=table_to_wire(task.dataset),
-        partition=_PARTITIONS[task.partition],
+        partition=table_to_wire(task.partition),
         batch=task.batch,
         update=_UPDATES[task.update],
         seed=task.seed,
@@ -70,7 +69,7 @@ def task_from_wire(message: pb.Task) -> Task:
             "rounds": message.rounds,
             "model": table_from_wire(message.model, "model"),
             "dataset": table_from_wire(message.dataset, "data set"),
-            "partition": _named(_PARTITIONS, message.partition, "partition"),
+            "partition": table_from_wire(message.partition, "partition"),
             "batch": message.batch,
             "update": _named(_UPDATES, message.update, "update kind"),
             "seed": message.seed,

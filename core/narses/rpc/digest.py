@@ -18,7 +18,7 @@ class Hasher(Protocol):
 def hasher(algorithm: str) -> Hasher:
     """A fresh 32-byte hasher; algorithm is "blake3" or "sha256" (the Task names it)."""
     if algorithm == "blake3":
-        return _blake3.blake3()  # type: ignore[no-any-return]
+        return _blake3.blake3()
     assert algorithm == "sha256", algorithm
     return hashlib.sha256()
 

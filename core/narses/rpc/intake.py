@@ -7,8 +7,12 @@ from numpy.typing import NDArray
 
 from narses.rpc.digest import hasher
 
-INLINE_BYTES = 64 << 10
-"""Chunks up to this size are absorbed on the loop thread (under 0.05 ms); larger ones in the executor."""
+INLINE_BYTES = 1 << 20
+"""Chunks up to this size are absorbed on the loop thread, larger ones in the executor.
+
+1 MiB takes 0.22 ms. Leaving the loop thread and coming back takes as long: measured on two cores, a push through the executor
+costs 1.0 CPU-s/GB, inline 0.8, and is slower.
+"""
 
 
 class Intake:

@@ -35,7 +35,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     # Built-in retries stop at 256 KiB of buffered request; pushes are retried by the daemon, idempotently.
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Despite its name the deadline of one connection attempt, handshake included; a busy or distant server needs its time.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # A shared subchannel would let one daemon's channel outlive it inside a process that runs several.
     ("grpc.use_local_subchannel_pool", 1),

@@ -18,12 +18,6 @@ class DigestAlgorithm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DIGEST_ALGORITHM_BLAKE3: _ClassVar[DigestAlgorithm]
     DIGEST_ALGORITHM_SHA256: _ClassVar[DigestAlgorithm]
 
-class Partition(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    PARTITION_UNSPECIFIED: _ClassVar[Partition]
-    PARTITION_SHARDS: _ClassVar[Partition]
-    PARTITION_IID: _ClassVar[Partition]
-
 class UpdateKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     UPDATE_KIND_UNSPECIFIED: _ClassVar[UpdateKind]
@@ -41,9 +35,6 @@ DATA_TYPE_FLOAT32: DataType
 DIGEST_ALGORITHM_UNSPECIFIED: DigestAlgorithm
 DIGEST_ALGORITHM_BLAKE3: DigestAlgorithm
 DIGEST_ALGORITHM_SHA256: DigestAlgorithm
-PARTITION_UNSPECIFIED: Partition
-PARTITION_SHARDS: Partition
-PARTITION_IID: Partition
 UPDATE_KIND_UNSPECIFIED: UpdateKind
 UPDATE_KIND_GRADIENT: UpdateKind
 NOTICE_KIND_UNSPECIFIED: NoticeKind
@@ -96,7 +87,7 @@ class Task(_message.Message):
     rounds: int
     model: str
     dataset: str
-    partition: Partition
+    partition: str
     batch: int
     update: UpdateKind
     seed: int
@@ -108,7 +99,7 @@ class Task(_message.Message):
     dtype: DataType
     digest: DigestAlgorithm
     signature: bytes
-    def __init__(self, run_id: _Optional[bytes] = ..., run_name: _Optional[str] = ..., n: _Optional[int] = ..., rounds: _Optional[int] = ..., model: _Optional[str] = ..., dataset: _Optional[str] = ..., partition: _Optional[_Union[Partition, str]] = ..., batch: _Optional[int] = ..., update: _Optional[_Union[UpdateKind, str]] = ..., seed: _Optional[int] = ..., learning_rate: _Optional[float] = ..., fading: _Optional[float] = ..., dimension: _Optional[int] = ..., layout: _Optional[bytes] = ..., chunk_bytes: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ..., digest: _Optional[_Union[DigestAlgorithm, str]] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[bytes] = ..., run_name: _Optional[str] = ..., n: _Optional[int] = ..., rounds: _Optional[int] = ..., model: _Optional[str] = ..., dataset: _Optional[str] = ..., partition: _Optional[str] = ..., batch: _Optional[int] = ..., update: _Optional[_Union[UpdateKind, str]] = ..., seed: _Optional[int] = ..., learning_rate: _Optional[float] = ..., fading: _Optional[float] = ..., dimension: _Optional[int] = ..., layout: _Optional[bytes] = ..., chunk_bytes: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ..., digest: _Optional[_Union[DigestAlgorithm, str]] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Notice(_message.Message):
     __slots__ = ("kind", "message")
