@@ -30,6 +30,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 PULL_SECONDS = 30.0
 UNARY_SECONDS = 10.0
 NOTICE_SECONDS = 1.0
+LAST_WORDS = (pb.NOTICE_KIND_RUN_FINISHED, pb.NOTICE_KIND_DRAINING, pb.NOTICE_KIND_NO_MORE_RUNS)
 FAREWELL_SECONDS = 5.0
 """How long a session outlives its daemon upstream, so that what the daemon had sent can be delivered."""
 
@@ -44,7 +45,8 @@ class Carried:
         self.pushing = 0
         self.quiet = asyncio.Event()
         self.quiet.set()
-        self.over = asyncio.Event()  # the server's last word has passed
+        self.over = asyncio.Event()
+        self.finished = False  # the server has said so
 
     def streams(self, change: int) -> None:
         """A stream began (1) or is over (-1)."""
@@ -118,6 +120,8 @@ class Proxy:
                     carried.traffic.joined(workers)
                     self._metrics.inc("narses_proxy_messages_total", rpc="join", action="forwarded")
                     log.info("joined", run=carried.traffic.task.run_name, workers=sorted(workers))
+                elif carried is not None and response.notice.kind in LAST_WORDS:
+                    carried.finished = True
                 await context.write(raw)
             await self._finish(call, context)
         except grpc.aio.AioRpcError as error:
@@ -132,7 +136,7 @@ class Proxy:
 
     async def pull(self, request: bytes, context: Context) -> None:
         """Parameters on their way down; what an attack may know of a round is taken from here."""
-        carried = self._carried(context)
+        carried = await self._session(context)
         call = self._pull(request, metadata=_token(context), timeout=PULL_SECONDS)
         payload: Collected | None = None
         try:
@@ -142,7 +146,7 @@ class Proxy:
                     self._metrics.inc("narses_proxy_received_bytes_total", len(message), direction="downstream")
                     if payload is not None and payload.intake.fits(message):
                         payload.intake.absorb(message)
-                elif carried is not None and payload is None:
+                elif payload is None:
                     carried.traffic.opened(message.header)
                     payload = carried.traffic.collect(message.header)
                 await context.write(raw)
@@ -153,22 +157,15 @@ class Proxy:
         except DecodeError:
             await context.abort(grpc.StatusCode.INTERNAL, "the server's answer cannot be parsed")
         except grpc.aio.AioRpcError as error:
-            await self._fail(error, context)
+            await self._fail(error, context, carried)
         finally:
-            if carried is not None and payload is not None:
+            if payload is not None:
                 carried.traffic.collected(payload)
             call.cancel()
 
     async def push(self, _: object, context: Context) -> None:
         """Updates on their way up. All downstream streams are read at once; verdicts come back as they are decided."""
-        carried = self._carried(context)
-        if carried is None:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "no live session has this token; join first",
-                trailing("NO_SESSION"),
-            )
-            return
+        carried = await self._session(context)
         token = _token(context)
         forwarder = Forwarder(
             carried.traffic,
@@ -189,7 +186,7 @@ class Proxy:
                     task.result()
             await self._finish(forwarder.connect(), context)
         except grpc.aio.AioRpcError as error:
-            await self._fail(error, context)
+            await self._fail(error, context, carried)
         finally:
             self._keep(self._end(carried, forwarder, reading, writing, answering))
 
@@ -278,6 +275,10 @@ class Proxy:
     def _carried(self, context: Context) -> Carried | None:
         return next((self._sessions.get(value) for _, value in _token(context)), None)
 
+    async def _session(self, context: Context) -> Carried:
+        """The live session that the caller belongs to."""
+        return self._carried(context) or await _no_session(context)
+
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._background.add(task)
@@ -291,14 +292,23 @@ class Proxy:
         """End the downstream RPC as the upstream one has ended, which is OK: a failed read raises."""
         context.set_trailing_metadata(_passing(await call.trailing_metadata()))
 
-    async def _fail(self, error: grpc.aio.AioRpcError, context: Context) -> NoReturn:
+    async def _fail(self, error: grpc.aio.AioRpcError, context: Context, carried: Carried | None = None) -> NoReturn:
         """End the downstream RPC as the upstream one has ended."""
         code = error.code()
         self._metrics.inc("narses_proxy_upstream_failures_total", grpc_status=code.name)
         if code is grpc.StatusCode.CANCELLED:  # not by us: the server has gone away
             code = grpc.StatusCode.UNAVAILABLE
+        if code is grpc.StatusCode.UNAVAILABLE and carried is not None and carried.finished:
+            # After its last run a server goes as soon as it has said so to us, which may be before a daemon has heard it.
+            await _no_session(context)
         await context.abort(code, error.details() or "", _passing(error.trailing_metadata()))
         raise AssertionError("abort raises")
+
+
+async def _no_session(context: Context) -> NoReturn:
+    details = "no live session has this token; join first"
+    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, details, trailing("NO_SESSION"))
+    raise AssertionError("abort raises")
 
 
 def _passing(metadata: Any) -> tuple[tuple[str, Any], ...]:

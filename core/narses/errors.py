@@ -7,6 +7,7 @@ NarsesError
 ├── CheckpointError      the disk does not take what must be durable
 ├── RefusedError         the peer answered with a status: .code, .reason, .message
 │   └── SessionLostError the session is gone; join again
+├── DamagedError         what a peer sent is not what it announced; asking again may help
 └── UnreachableError     no peer answered before the deadline
 
 What only our own code can cause is an assert, not one of these.
@@ -50,6 +51,10 @@ class RefusedError(NarsesError):
 
 class SessionLostError(RefusedError):
     """The session this call belonged to has ended; join again."""
+
+
+class DamagedError(NarsesError):
+    """An answer was cut, cannot be parsed, or does not have its digest: a fault on the way, or tampering."""
 
 
 class UnreachableError(NarsesError):

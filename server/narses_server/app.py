@@ -81,21 +81,25 @@ class Server:
         for config in self.config.resolved:
             if self.stop.is_set():
                 break
-            run = await self._build(config)
-            self._service.open(run)
-            await self._ready(True)
-            stopping = asyncio.create_task(self._drain_on_stop(run))
-            try:
-                self.summaries.append(await run.play(self._executor, self.config.start_timeout))
-            finally:
-                stopping.cancel()
-                self._service.close()
+            self.summaries.append(await self._play(config))
         await self._ready(False)
         workers = max((run["config"]["round"]["n"] for run in self.summaries), default=0)
         if self.stop.is_set():
             await self._service.end(pb.NOTICE_KIND_DRAINING, "the server is shutting down", workers, FAREWELL_SECONDS)
         else:
             await self._service.end(pb.NOTICE_KIND_NO_MORE_RUNS, "all runs are finished", workers, FAREWELL_SECONDS)
+
+    async def _play(self, config: RunConfig) -> dict[str, Any]:
+        """One run, of which nothing stays: the next one's matrix must find room."""
+        run = await self._build(config)
+        self._service.open(run)
+        await self._ready(True)
+        stopping = asyncio.create_task(self._drain_on_stop(run))
+        try:
+            return await run.play(self._executor, self.config.start_timeout)
+        finally:
+            stopping.cancel()
+            self._service.close()
 
     async def shutdown(self) -> None:
         """Not ready; say good-bye to open sessions; stop listening; end the threads."""

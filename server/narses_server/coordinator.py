@@ -127,6 +127,7 @@ class Run:
         verdict = self.round.offer(worker, round_, digest, finite=finite)
         if not verdict.reason and not verdict.duplicate:
             self._watch.arrived(worker, self._now() - self.round.opened)
+            self.refused_this_round.pop(worker, None)
         self._changed.set()
         return verdict
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from narses.errors import ConfigError, DataError, RefusedError, UnreachableError
+from narses.errors import ConfigError, DamagedError, DataError, RefusedError, UnreachableError
 from narses.observe.daemon import Surroundings
 from narses.observe.health import READINESS
 from narses.rpc.digest import Hasher, hasher
@@ -20,7 +20,7 @@ from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses.task import Task
 from narses_worker import client as client_module
 from narses_worker.app import honest
-from narses_worker.client import Client, Pulled
+from narses_worker.client import Client, Pulled, Session
 from narses_worker.config import WorkerConfig
 from tests.cluster import cluster, experiment, undisturbed
 from tests.raw import SECONDS, Wire
@@ -275,3 +275,26 @@ async def test_it_is_ready_while_it_has_a_session() -> None:
         await c.summary()
         await member.ended()
         assert states in ([True, False], [False])
+
+
+async def test_a_damaged_pull_is_asked_for_again() -> None:
+    """Whoever stands between may cut or rewrite parameters; that costs a reconnection, not the daemon."""
+    settings = {"n": 2, "rounds": 6}
+    clean = await undisturbed(**settings)
+    original, damaged = Session.pull, 0
+
+    async def pull(self: Session, after_round: int | None) -> Pulled:
+        nonlocal damaged
+        pulled = await original(self, after_round)
+        if pulled.header.round == 3 and damaged < 2:
+            damaged += 1
+            raise DamagedError("parameters of round 3 do not have their digest")
+        return pulled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "pull", pull)
+        async with cluster(daemons=[[0, 1]], **settings) as c:
+            summary = await c.summary()
+
+    assert damaged == 2
+    assert summary["digest"] == clean

@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from narses.errors import NarsesError, RefusedError, SessionLostError, UnreachableError
+from narses.errors import DamagedError, NarsesError, RefusedError, SessionLostError, UnreachableError
 from narses.observe.metrics import Metrics
 from narses.rpc.codec import DecodeError, chunk_frame, parse_pull
 from narses.rpc.convert import task_from_wire
@@ -116,7 +116,7 @@ class Session:
     async def pull(self, after_round: int | None) -> Pulled:
         """The first round after `after_round`. The array is reused by the next pull.
 
-        RefusedError (NO_SESSION, UNKNOWN_RUN), UnreachableError, or NarsesError if the payload is not what its header says.
+        RefusedError (NO_SESSION, UNKNOWN_RUN), UnreachableError, or DamagedError if the payload is not what its header says.
         """
         request = pb.PullRequest(run_id=self.task.run_id, after_round=after_round)
         method = SERVICE + "Pull"
@@ -127,7 +127,7 @@ class Session:
         except grpc.aio.AioRpcError as error:
             raise translated(error, self.client.address) from None
         except DecodeError:
-            raise NarsesError(f"{self.client.address} sent a Pull frame that cannot be parsed") from None
+            raise DamagedError(f"{self.client.address} sent a Pull frame that cannot be parsed") from None
         finally:
             call.cancel()
 
@@ -137,12 +137,12 @@ class Session:
             raise await ended(call, self.client.address)
         message = parse_pull(first)
         if isinstance(message, memoryview) or message.WhichOneof("frame") != "header":
-            raise NarsesError(f"{self.client.address} answered Pull without a header")
+            raise DamagedError(f"{self.client.address} answered Pull without a header")
         header = message.header
         if header.not_modified:
             return Pulled(header, self._parameters_D)
         if header.byte_length != self._parameters_D.nbytes:
-            raise NarsesError(
+            raise DamagedError(
                 f"{self.client.address} announced {header.byte_length} bytes of parameters, the Task has "
                 f"{self._parameters_D.nbytes}"
             )
@@ -150,7 +150,7 @@ class Session:
         while (frame := await call.read()) is not grpc.aio.EOF:
             chunk = parse_pull(frame)
             if not isinstance(chunk, memoryview) or not intake.fits(chunk):
-                raise NarsesError(f"{self.client.address} sent more parameters than it announced, or a second header")
+                raise DamagedError(f"{self.client.address} sent more parameters than it announced, or a second header")
             if len(chunk) <= INLINE_BYTES:
                 intake.absorb(chunk)
             else:
@@ -158,7 +158,7 @@ class Session:
         if not intake.complete:
             raise await ended(call, self.client.address)
         if intake.digest() != header.digest:
-            raise NarsesError(f"{self.client.address}: parameters of round {header.round} do not have their digest")
+            raise DamagedError(f"{self.client.address}: parameters of round {header.round} do not have their digest")
         if self.client.metrics is not None:
             self.client.metrics.inc("narses_worker_received_bytes_total", intake.received, rpc="pull")
         return Pulled(header, self._parameters_D)

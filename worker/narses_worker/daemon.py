@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from narses.errors import NarsesError, RefusedError, SessionLostError, UnreachableError
+from narses.errors import DamagedError, NarsesError, RefusedError, SessionLostError, UnreachableError
 from narses.observe.daemon import Surroundings
 from narses.observe.health import READINESS
 from narses.observe.metrics import Metrics
@@ -47,6 +47,7 @@ class Daemon:
         self._software = f"narses {build_info()['version']}"
         self._failing = ("", 0.0)  # how, and since when, nothing works
         self._failures = 0
+        self._damaged = 0.0  # since when answers come damaged
         self._playing: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
@@ -78,6 +79,11 @@ class Daemon:
                     return True
             except SessionLostError as error:
                 await self._back_off("join", "session_lost", error)
+            except DamagedError as error:
+                self._damaged = self._damaged or time.monotonic()
+                if time.monotonic() - self._damaged > self.config.connect_timeout:
+                    raise
+                await self._back_off("pull", "damaged", error)
             except UnreachableError as error:
                 if self._failing_for("unreachable") > self.config.connect_timeout:
                     raise UnreachableError(
@@ -167,7 +173,7 @@ class Daemon:
             begun = time.perf_counter()
             verdicts = await push.finish()
             self._phase("push", begun)
-        self._failures = 0
+        self._failures, self._damaged = 0, 0.0
         producer.settled(verdicts)
         return verdicts
 

@@ -312,7 +312,7 @@ def _worker() -> tuple[Metric, ...]:
             "counter",
             "RPCs tried again, by what went wrong; worry when it keeps growing.",
             rpc=RPCS,
-            reason=("unreachable", "deadline", "session_lost", "refused"),
+            reason=("unreachable", "deadline", "session_lost", "refused", "damaged"),
         ),
         metric("sent_bytes_total", "counter", "Payload bytes sent, without framing.", rpc=TRANSFERS),
         metric("received_bytes_total", "counter", "Payload bytes received, without framing.", rpc=TRANSFERS),
