@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -59,6 +60,19 @@ def named(parameters_D: Tensor, module: nn.Module) -> dict[str, Tensor]:
     """The parameters (D,) as the tensors of `module`: name -> view. Only names and shapes of `module` are used."""
     names = [name for name, _ in module.named_parameters()]
     return dict(zip(names, flat.views(parameters_D, module), strict=True))
+
+
+BLOCK = 1 << 20
+"""Values looked at in one go: torch's own isfinite and float64 norm make copies of the whole vector."""
+
+
+def norm_if_finite(vector_D: Tensor) -> float | None:
+    """The Euclidean norm of `vector_D` (D,), summed in float64, or None if it holds NaN or infinity. No copy of the vector."""
+    total = 0.0
+    for block in torch.split(vector_D, BLOCK):
+        wide = block.double()
+        total += float(wide @ wide)
+    return math.sqrt(total) if math.isfinite(total) else None
 
 
 def payload(parameters_D: Tensor) -> memoryview:

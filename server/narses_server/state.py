@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from narses import flat, rules
-from narses.errors import CheckpointError
+from narses.errors import CheckpointError, InputError
 from narses.rpc.convert import table_to_wire
 from narses.rules import Context
 from narses.task import Task
 from narses.updates import Updates
 from narses_server.checkpoint import Checkpoint, Checkpoints, config_hash
 from narses_server.config import CheckpointConfig, RunConfig
-from narses_server.model import Optimizer, payload
+from narses_server.model import Optimizer, norm_if_finite, payload
 from narses_server.published import Published
 from narses_server.watch import Watch
 
@@ -107,10 +107,12 @@ class State:
         aggregation = self.rule(updates, f, context)
         self._rule_state = aggregation.state
         selected = None if aggregation.selected is None else tuple(rows[i] for i in aggregation.selected.tolist())
-        norm = float(torch.linalg.vector_norm(aggregation.vector_D, dtype=torch.float64))
+        norm = norm_if_finite(aggregation.vector_D)
+        if norm is None:
+            raise InputError(f"rule {self.rule_table} returned NaN or infinity for finite updates: the rule is at fault")
         clock.append(time.perf_counter())
         newer_D = self._optimizer.step(self.parameters_D, aggregation.vector_D, index)
-        finite = bool(torch.isfinite(newer_D).all())
+        finite = norm_if_finite(newer_D) is not None
         if finite:
             self.parameters_D = newer_D
         clock.append(time.perf_counter())

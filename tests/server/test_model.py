@@ -13,7 +13,7 @@ from torch import Tensor
 
 from narses import datasets, flat, models
 from narses_server.config import OptimizerConfig, TaskConfig
-from narses_server.model import Optimizer, initial_model, named, payload
+from narses_server.model import BLOCK, Optimizer, initial_model, named, norm_if_finite, payload
 
 DATA = {"name": "synthetic", "features": 6, "classes": 4, "train": 40, "test": 4}
 
@@ -79,3 +79,17 @@ def test_parameters_under_the_models_own_names() -> None:
 def test_the_payload_is_little_endian_float32() -> None:
     parameters_D = torch.tensor([1.0, -0.0, 3.4e38, 1e-45])
     assert bytes(payload(parameters_D)) == np.array([1.0, -0.0, 3.4e38, 1e-45], "<f4").tobytes()
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), -float("inf")])
+def test_a_vector_that_is_not_finite_has_no_norm(worst: float) -> None:
+    vector_D = torch.zeros(BLOCK + 7)
+    assert norm_if_finite(vector_D) == 0.0
+    vector_D[-1] = worst
+    assert norm_if_finite(vector_D) is None
+
+
+def test_the_norm_is_that_of_float64_over_all_blocks() -> None:
+    vector_D = _vectors(1, 2 * BLOCK + 3)[0]
+    assert norm_if_finite(vector_D) == pytest.approx(float(np.linalg.norm(vector_D.double().numpy())), rel=1e-12)
+    assert norm_if_finite(torch.full((3,), 3e38)) == pytest.approx(3e38 * 3**0.5)
