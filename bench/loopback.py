@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import grpc
 
 from bench.programs import cpu_seconds
+from bench.result import ROOT
 from narses.rpc.v1 import parameter_server_pb2 as pb
 
 WRITE_BYTES = 1 << 20
@@ -36,7 +37,8 @@ class _Child:
 
     def __init__(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "bench.loopback", *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
         self.pid = self._process.pid
 
     def line(self) -> str:

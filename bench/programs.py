@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from bench.result import ROOT
+
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0
 GRACE_SECONDS = 5.0
@@ -50,7 +52,7 @@ class Program:
     @classmethod
     async def start(cls, command: list[str]) -> Self:
         """Start `command`, which logs JSON lines on stderr."""
-        return cls(await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE))
+        return cls(await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, cwd=ROOT))
 
     async def __aenter__(self) -> Self:
         return self

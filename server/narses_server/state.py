@@ -109,7 +109,9 @@ class State:
         selected = None if aggregation.selected is None else tuple(rows[i] for i in aggregation.selected.tolist())
         norm = norm_if_finite(aggregation.vector_D)
         if norm is None:
-            raise InputError(f"rule {self.rule_table} returned NaN or infinity for finite updates: the rule is at fault")
+            raise InputError(
+                f"rule {self.rule_table} returned NaN or infinity for finite updates: the rule is at fault"
+            )
         clock.append(time.perf_counter())
         newer_D = self._optimizer.step(self.parameters_D, aggregation.vector_D, index)
         finite = norm_if_finite(newer_D) is not None

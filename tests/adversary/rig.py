@@ -44,6 +44,7 @@ class Remembering:
 
     def __call__(self, updates: Updates, f: int, context: Context | None = None) -> Aggregation:
         assert context is not None
+        assert context.parameters_D is not None
         everything = updates.columns(torch.arange(updates.dimension))
         self.rounds[context.round] = (context.parameters_D.numpy().copy(), everything.numpy().copy())
         return Aggregation(updates.per_coordinate(combine.Mean()))

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from narses.errors import ConfigError
+from narses_adversary.app import main
 from narses_adversary.config import AdversaryConfig, ProxyConfig
 
+SAMPLES = Path(__file__).parents[2] / "deploy" / "config"
 BASE: dict[str, Any] = {"insecure": True}
 IPM = {"name": "ipm", "epsilon": 2.0}
 
@@ -88,5 +90,36 @@ def test_f_real_of_a_proxy_without_a_roster_is_not_judged_yet() -> None:
 
 @pytest.mark.parametrize(("name", "config"), [("adversary", AdversaryConfig), ("proxy", ProxyConfig)])
 def test_the_sample_configurations_load_and_attack(name: str, config: type[AdversaryConfig | ProxyConfig]) -> None:
-    loaded = config.load(Path(__file__).parents[2] / "deploy" / "config" / f"{name}.toml")
+    loaded = config.load(SAMPLES / f"{name}.toml")
     assert loaded.plan_for("digits") is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["worker", "--help"], 0, ["--config", "--check", "--set", "honestly"]),
+        (["proxy", "--config", str(SAMPLES / "proxy.toml"), "--check"], 0, ["ok", "127.0.0.1:50061", "ipm"]),
+        (["proxy", "--set", "insecure=true", "--check"], 0, ["ok", "honest: no attack"]),
+        (["worker", "--config", str(SAMPLES / "adversary.toml"), "--set", "workers=3", "--check"], 0, ["workers 3"]),
+        (["worker", "--config", "none.toml"], 2, ["none.toml"]),
+        (["proxy", "--set", "insecure=true", "--set", "attack=label-flip"], 2, ["label-flip"]),
+        (["proxy", "--set", "insecure"], 2, ["--set insecure"]),
+    ],
+)
+def test_the_command_line(
+    arguments: list[str],
+    code: int,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["narses-adversary", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == code
+    told = capsys.readouterr()
+    text = told.err if code else told.out
+    assert not [word for word in words if word not in text], text
+    if code:
+        assert text.startswith("error: ")
+        assert text.count("\n") == 1

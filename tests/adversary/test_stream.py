@@ -69,7 +69,7 @@ class Bench:
         self.connected += 1
         return self.upstream
 
-    def sends(self, *frames: bytes) -> None:
+    def sends(self, *frames: Any) -> None:
         for frame in frames:
             self.client.put_nowait(frame)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
 import pytest
 
 from narses.rpc.codec import chunk_frame, chunk_frames
+from narses.rpc.convert import task_to_wire
 from narses.rpc.status import ALREADY_EXISTS, PERMISSION_DENIED, REASON_KEY, TOKEN_KEY
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses_adversary.hold import Traffic
@@ -22,6 +23,7 @@ from tests.adversary.rig import (
     logged,
     man_in_the_middle,
     remembered,
+    small_task,
 )
 from tests.cluster import cluster, undisturbed
 from tests.oracles import attacks as oracle
@@ -69,7 +71,7 @@ async def test_ipm_sends_the_mean_of_what_was_seen_of_others_backwards() -> None
 async def test_where_all_pass_the_proxy_knows_all_and_rewrites_only_its_own() -> None:
     attack = {**IPM, "f_real": 2, "members": "random-per-round"}
     plan = Plan.of(attack)
-    settings = {"workers": "1-4", "attack": attack, "seed": 3}
+    settings: dict[str, Any] = {"workers": "1-4", "attack": attack, "seed": 3}
     async with (
         cluster(daemons=[], **{**SETTINGS, "rounds": 6}, rule=RULE) as c,
         man_in_the_middle(c, **settings) as man,
@@ -129,7 +131,7 @@ async def test_without_a_matching_plan_the_run_is_the_run_without_proxy(settings
         assert man.metric("narses_proxy_sent_bytes_total", direction="upstream") == payload
         down = man.metric("narses_proxy_received_bytes_total", direction="downstream")
         assert down == man.metric("narses_proxy_sent_bytes_total", direction="downstream")
-        assert down in (4 * 650 * pulls for pulls in (6, 7, 8)), (
+        assert down in [4 * 650 * pulls for pulls in (6, 7, 8)], (
             "three sets for each of two daemons, at most a last one"
         )
         assert man.metric("narses_proxy_messages_total", rpc="pull", action="forwarded") >= 6
@@ -202,12 +204,20 @@ async def test_pulls_pass_with_their_refusals_and_not_modified(monkeypatch: pyte
 class Odd:
     """A server that says what ours never does."""
 
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+
     async def join(self, request: bytes, context: Any) -> None:
+        await context.write(pb.JoinResponse(task=task_to_wire(small_task()), session=b"odd").SerializeToString())
+        await self.over.wait()
         context.set_trailing_metadata((("another-key", "kept"),))
-        await context.write(pb.JoinResponse(notice=pb.Notice(kind=pb.NOTICE_KIND_NO_MORE_RUNS)).SerializeToString())
 
     async def pull(self, request: bytes, context: Any) -> None:
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "so they say", ((REASON_KEY, "NEW"), ("x-bin", b"\0")))
+
+    async def push(self, request: Any, context: Any) -> None:
+        await context.write(b"")
+        context.set_trailing_metadata((("of-push", "kept"),))
 
     async def leave(self, request: bytes, context: Any) -> bytes:
         await context.abort(grpc.StatusCode.DATA_LOSS, "lost", (("retry-in", "5"),))
@@ -216,32 +226,92 @@ class Odd:
 
 async def test_status_details_and_trailing_metadata_pass() -> None:
     odd, server = Odd(), grpc.aio.server()
-    handlers = {
+    handlers: dict[str, Any] = {
         "Join": grpc.unary_stream_rpc_method_handler(odd.join),
         "Pull": grpc.unary_stream_rpc_method_handler(odd.pull),
+        "Push": grpc.stream_stream_rpc_method_handler(odd.push),
         "Leave": grpc.unary_unary_rpc_method_handler(odd.leave),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.strip("/"), handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with (
-        cluster(daemons=[], **SETTINGS) as c,
-        man_in_the_middle(c, server=f"127.0.0.1:{port}") as man,
-        grpc.aio.insecure_channel(man.address) as channel,
-    ):
-        join = channel.unary_stream(SERVICE + "Join")(b"")
-        assert len([raw async for raw in join]) == 1
-        assert ("another-key", "kept") in tuple(await join.trailing_metadata())
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            [raw async for raw in channel.unary_stream(SERVICE + "Pull")(b"")]
-        error = caught.value
-        assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "so they say")
-        assert {(REASON_KEY, "NEW"), ("x-bin", b"\0")} <= {*(error.trailing_metadata() or ())}
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary(SERVICE + "Leave")(b"")
-        assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.DATA_LOSS, "lost")
-        assert ("retry-in", "5") in tuple(caught.value.trailing_metadata() or ())
-    await server.stop(None)
+    token: Any = ((TOKEN_KEY, b"odd"),)
+    try:
+        async with (
+            cluster(daemons=[], **SETTINGS) as c,
+            man_in_the_middle(c, server=f"127.0.0.1:{port}") as man,
+            grpc.aio.insecure_channel(man.address) as plain,
+        ):
+            channel: Any = plain
+            join = channel.unary_stream(SERVICE + "Join")(b"")
+            assert await join.read() is not grpc.aio.EOF
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_stream(SERVICE + "Pull")(b"", metadata=token).read()
+            error = caught.value
+            assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "so they say")
+            assert {(REASON_KEY, "NEW"), ("x-bin", b"\0")} <= {*(error.trailing_metadata() or ())}
+            push = channel.stream_stream(SERVICE + "Push")(metadata=token)
+            assert await push.read() == b""
+            assert await push.read() is grpc.aio.EOF
+            assert ("of-push", "kept") in tuple(await push.trailing_metadata())
+            odd.over.set()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary(SERVICE + "Leave")(b"", metadata=token)
+            assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.DATA_LOSS, "lost")
+            assert ("retry-in", "5") in tuple(caught.value.trailing_metadata() or ())
+            assert await join.read() is grpc.aio.EOF
+            assert ("another-key", "kept") in tuple(await join.trailing_metadata())
+    finally:
+        await server.stop(None)
+
+
+class Caller:
+    """The context of an RPC that has the session's token, and keeps how it was aborted."""
+
+    def __init__(self, token: bytes) -> None:
+        self.token = token
+        self.aborted: tuple[Any, ...] = ()
+
+    def invocation_metadata(self) -> Any:
+        return ((TOKEN_KEY, self.token),)
+
+    async def abort(self, *status: Any) -> None:
+        self.aborted = status
+        raise grpc.aio.AbortError
+
+
+async def test_a_daemon_that_leaves_hears_the_servers_last_word_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster(daemons=[], **SETTINGS) as c, man_in_the_middle(c) as man:
+        await man.raw_session([0])
+        ((token, carried),) = man.proxy._sessions.items()
+
+        async def answered(*_: Any, **__: Any) -> bytes:
+            return b"gone"
+
+        monkeypatch.setattr(man.proxy, "_leave", answered)
+        leaving = asyncio.create_task(man.proxy.leave(b"", cast(Any, Caller(token))))
+        await asyncio.wait((leaving,), timeout=0.05)
+        assert not leaving.done()
+        carried.over.set()
+        assert await finishes(leaving) == b"gone"
+
+
+async def test_a_server_that_goes_after_its_last_word_has_ended_the_session() -> None:
+    async with cluster(daemons=[], **SETTINGS) as c, man_in_the_middle(c) as man:
+        await man.raw_session([0])
+        ((token, carried),) = man.proxy._sessions.items()
+        for finished, code, reasons in (
+            (False, grpc.StatusCode.UNAVAILABLE, []),
+            (True, grpc.StatusCode.FAILED_PRECONDITION, [(REASON_KEY, "NO_SESSION")]),
+        ):
+            carried.finished = finished
+            for status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                caller = Caller(token)
+                error = grpc.aio.AioRpcError(status, grpc.aio.Metadata(), grpc.aio.Metadata(), "gone")
+                with pytest.raises(grpc.aio.AbortError):
+                    await man.proxy._fail(error, cast(Any, caller), carried)
+                assert caller.aborted[0] is code
+                assert list(caller.aborted[2]) == reasons
 
 
 async def test_every_refusal_of_an_update_passes_and_honest_work_goes_on() -> None:
