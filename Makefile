@@ -11,7 +11,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-in
 help: ## what can be made
 	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-setup: $(VENV)/.ready ## install everything into .venv (downloads about 3 GB once, most of it PyTorch's CUDA libraries)
+setup: $(VENV)/.ready ## install everything into .venv (5.6 GB on disk, most of it the CUDA libraries that PyTorch brings)
 
 # --compile-bytecode: the five processes of the demo would otherwise all compile PyTorch at their first start
 $(VENV)/.ready: requirements/dev.txt requirements/uv.txt pyproject.toml
