@@ -20,7 +20,8 @@ from narses.rpc.status import OK, TOKEN_KEY, trailing
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses_adversary.config import ProxyConfig
 from narses_adversary.hold import Collected, Traffic
-from narses_adversary.stream import Budget, Forwarder
+from narses_adversary.session import Carried
+from narses_adversary.stream import Forwarder
 
 log = structlog.get_logger("narses.proxy")
 
@@ -33,25 +34,6 @@ NOTICE_SECONDS = 1.0
 LAST_WORDS = (pb.NOTICE_KIND_RUN_FINISHED, pb.NOTICE_KIND_DRAINING, pb.NOTICE_KIND_NO_MORE_RUNS)
 FAREWELL_SECONDS = 5.0
 """How long a session outlives its daemon upstream, so that what the daemon had sent can be delivered."""
-
-
-class Carried:
-    """One session that passes through: its run and workers, and its streams of updates that are not over yet."""
-
-    def __init__(self, traffic: Traffic, workers: frozenset[int]) -> None:
-        self.traffic = traffic
-        self.workers = workers
-        self.budget = Budget(len(workers), traffic.task.dimension * 4)
-        self.pushing = 0
-        self.quiet = asyncio.Event()
-        self.quiet.set()
-        self.over = asyncio.Event()
-        self.finished = False  # the server has said so
-
-    def streams(self, change: int) -> None:
-        """A stream began (1) or is over (-1)."""
-        self.pushing += change
-        (self.quiet.clear if self.pushing else self.quiet.set)()
 
 
 class Proxy:
@@ -90,9 +72,10 @@ class Proxy:
 
     async def close(self) -> None:
         """Drop the upstream channel, which ends every session that passes through here."""
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        while self._background:
+            for task in self._background:
+                task.cancel()
+            await asyncio.gather(*self._background, return_exceptions=True)
         for traffic in self._traffic.values():
             await traffic.close()
         await self._channel.close()

@@ -14,39 +14,10 @@ from narses.observe.metrics import Metrics
 from narses.rpc.codec import DecodeError, chunk_frame, chunk_of, parse_push
 from narses.rpc.digest import hasher
 from narses.rpc.intake import INLINE_BYTES, Intake
-from narses.rpc.options import MESSAGE_LIMIT
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses_adversary.craft import Row
 from narses_adversary.hold import Hold, Traffic
-
-FRAME_OVERHEAD = 256
-"""What a queued frame costs beside its bytes, generously: many empty frames are no way around the budget."""
-
-
-class Budget:
-    """Bytes that one session's streams may have waiting behind holds; when it is used up they are not read any further.
-
-    It holds one update for each of the session's workers, and MESSAGE_LIMIT for whatever else comes. A session's ids are
-    its own, so all sessions together hold n updates, plus MESSAGE_LIMIT each.
-    """
-
-    def __init__(self, workers: int, row_bytes: int) -> None:
-        self.limit = workers * (row_bytes + 8 * FRAME_OVERHEAD) + MESSAGE_LIMIT
-        self.used = 0
-        self._freed = asyncio.Event()
-
-    async def take(self, size: int) -> None:
-        """Wait until `size` bytes more may be kept. A lone frame may always."""
-        while self.used and self.used + size > self.limit:
-            freed = self._freed
-            await freed.wait()
-        self.used += size
-
-    def give(self, size: int) -> None:
-        """They are gone."""
-        self.used -= size
-        freed, self._freed = self._freed, asyncio.Event()
-        freed.set()
+from narses_adversary.session import FRAME_OVERHEAD, Budget
 
 
 class Intercepted:

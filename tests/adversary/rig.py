@@ -27,10 +27,12 @@ from narses_adversary.hold import Hold, Traffic
 from narses_adversary.proxy import Proxy
 from narses_worker.trainer import Trainer
 from tests.cluster import Cluster, Member, Waking
+from tests.oracles import attacks as oracle
 from tests.raw import RawSession, Wire
 
 Rows = NDArray[np.float32]
 RULE = {"name": "tests.adversary.rig:Remembering"}
+IPM = {"name": "ipm", "epsilon": 2.0}
 
 
 @checked.dataclass(frozen=True, config=STRICT)
@@ -64,6 +66,13 @@ def honest_rows(task: Task, workers: Sequence[int], round_: int, parameters_D: R
     for row_D, worker in zip(rows_KD, workers, strict=True):
         trainer.update(worker, round_, parameters_D, row_D)
     return rows_KD
+
+
+def forged_ipm(honest_ND: Rows, seen: list[int], members: list[int], epsilon: float = 2.0) -> Rows:
+    """What every member sends, from the papers' formula."""
+    rows_HD = honest_ND[seen].astype(np.float64)
+    remaining = [i for i, worker in enumerate(seen) if worker not in members]
+    return oracle.ipm(rows_HD, remaining, epsilon).astype(np.float32)
 
 
 def small_task(**changes: Any) -> Task:

@@ -187,6 +187,7 @@ async def test_a_newer_round_lets_the_older_one_go() -> None:
         new = of.hold(pb.UpdateHeader(round=1))
         of.opened(header(0))
         assert of.hold(pb.UpdateHeader(round=1)) is new, "an older header that comes late changes nothing"
+        assert of.collect(header(0)) is None, "nor are its parameters those of the open round"
 
 
 @pytest.mark.parametrize("changes", [{"finished": True}, {"not_modified": True}])

@@ -22,7 +22,8 @@ from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses_adversary.config import ProxyConfig
 from narses_adversary.craft import Forged, Row
 from narses_adversary.hold import Hold, Traffic
-from narses_adversary.stream import Budget, Forwarder
+from narses_adversary.session import Budget
+from narses_adversary.stream import Forwarder
 from tests.adversary.rig import finishes, round_header, small_task, soon, value
 
 TASK = small_task()

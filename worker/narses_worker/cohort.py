@@ -17,7 +17,7 @@ from narses.task import Task
 from narses_worker.client import Pulled
 from narses_worker.trainer import Step, Trainer
 
-GROUP_BYTES = 2 << 20
+GROUP_BYTES = 8 << 20
 """Updates of this size together are computed in one go.
 
 Leaving the loop thread, and sharing the interpreter with it, costs a small update half as much again as computing it.
@@ -80,7 +80,7 @@ class Cohort:
             job = loop.run_in_executor(self._executor, self.compute, groups[0], pulled)
             try:
                 for group, following in zip(groups, [*groups[1:], None], strict=True):
-                    steps += await job
+                    steps += await asyncio.shield(job)  # a cancelled future would not be waited for below
                     if following is not None:
                         job = loop.run_in_executor(self._executor, self.compute, following, pulled)
                     for index in group:

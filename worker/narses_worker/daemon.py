@@ -123,9 +123,9 @@ class Daemon:
                 session.notice.result()  # raises why the session broke
             elif not self._playing.cancelled():  # as it is when drain_timeout is over
                 self._playing.result()
-        except SessionLostError:
+        except (SessionLostError, UnreachableError):
             if not _told(session.notice):
-                raise  # else the run ended between two calls
+                raise  # else the run, or after its last word the server, ended between two calls
         finally:
             if self._playing is not None:
                 self._playing.cancel()
