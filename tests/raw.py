@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from narses.rpc.codec import chunk_frames, parse_pull
+from narses.rpc.codec import chunk_frames, parse_pull, update_frame
 from narses.rpc.convert import task_from_wire
 from narses.rpc.digest import digest
 from narses.rpc.options import CHANNEL_OPTIONS
@@ -309,3 +309,10 @@ def header_frame(**fields: Any) -> bytes:
 def trailer_frame(digest_: bytes) -> bytes:
     """A trailer."""
     return pb.PushRequest(trailer=pb.UpdateTrailer(digest=digest_)).SerializeToString()
+
+
+def whole_frame(frames: Sequence[bytes]) -> bytes:
+    """The update that `frames` (header, chunks, trailer) make up, in one frame."""
+    header, *chunks, trailer = (pb.PushRequest.FromString(frame) for frame in frames)
+    payload = b"".join(chunk.chunk for chunk in chunks)
+    return update_frame(header.header, payload, trailer.trailer)

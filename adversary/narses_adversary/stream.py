@@ -153,8 +153,19 @@ class Forwarder:
             await self._begin(message.header, frame)
         elif message.WhichOneof("frame") == "trailer" and current is not None and current.intake.complete:
             await self._complete(current, message.trailer, frame)
+        elif message.WhichOneof("frame") == "update" and current is None:
+            await self._whole(message.update, frame)
         else:
             await self._flush(frame)
+
+    async def _whole(self, update: pb.Update, frame: bytes) -> None:
+        """An update in one frame; to be held, it is taken as the three frames that it stands for."""
+        if self._traffic.hold(update.header) is None:
+            await self._untouched(frame)
+            return
+        await self._take(pb.PushRequest(header=update.header).SerializeToString())
+        await self._take(chunk_frame(update.payload))
+        await self._take(pb.PushRequest(trailer=update.trailer).SerializeToString())
 
     async def _begin(self, header: pb.UpdateHeader, frame: bytes) -> None:
         hold, task = self._traffic.hold(header), self._traffic.task

@@ -90,8 +90,14 @@ class PushStream:
                 await self._open(message.header)
             case "trailer":
                 await self._commit(message.trailer)
+            case "update":
+                if self._update is not None:
+                    raise await self._broken("a whole update came before the trailer of the update before it")
+                await self._open(message.update.header)
+                await self._chunk(memoryview(message.update.payload))
+                await self._commit(message.update.trailer)
             case _:
-                raise await self._broken("a frame is empty: expected a header, a chunk or a trailer")
+                raise await self._broken("a frame is empty: expected a header, a chunk, a trailer or an update")
 
     async def _open(self, header: pb.UpdateHeader) -> None:
         self._update = update = _Update(header)

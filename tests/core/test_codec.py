@@ -12,7 +12,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from narses.rpc import codec
-from narses.rpc.codec import DecodeError, chunk_frame, chunk_frames, chunk_of, parse_pull, parse_push, varint
+from narses.rpc.codec import (
+    DecodeError,
+    chunk_frame,
+    chunk_frames,
+    chunk_of,
+    parse_pull,
+    parse_push,
+    update_frame,
+    varint,
+)
 from narses.rpc.digest import digest, hasher
 from narses.rpc.v1 import parameter_server_pb2 as pb
 
@@ -109,6 +118,21 @@ def _ours(parse: Callable[[bytes], Any], data: bytes) -> Any:
 def _agree(data: bytes) -> None:
     assert _ours(parse_push, data) == _generated(pb.PushRequest, data)
     assert _ours(parse_pull, data) == _generated(pb.PullResponse, data)
+
+
+@given(
+    header=st.builds(pb.UpdateHeader, worker=st.integers(0, 2**32 - 1), base_digest=st.binary(max_size=40)),
+    payload=st.binary(max_size=300),
+    digest_=st.binary(max_size=40),
+)
+@example(header=pb.UpdateHeader(), payload=bytes(70_000), digest_=b"")
+def test_a_whole_update_is_what_protobuf_reads(header: pb.UpdateHeader, payload: bytes, digest_: bytes) -> None:
+    update = pb.Update(header=header, payload=payload, trailer=pb.UpdateTrailer(digest=digest_))
+
+    frame = update_frame(header, memoryview(payload), update.trailer)
+
+    assert pb.PushRequest.FromString(frame) == pb.PushRequest(update=update)
+    assert parse_push(frame) == pb.PushRequest(update=update)
 
 
 @given(st.binary(max_size=400))

@@ -21,7 +21,7 @@ from narses.rpc.options import MESSAGE_LIMIT
 from narses.rpc.status import REFUSALS, TOKEN_KEY, grpc_code
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from tests.cluster import Cluster, cluster, undisturbed
-from tests.raw import Answer, Pulled, RawPush, RawSession, header_frame, refusal, trailer_frame
+from tests.raw import Answer, Pulled, RawPush, RawSession, header_frame, refusal, trailer_frame, whole_frame
 
 ROUNDS = 2
 SMALL: dict[str, Any] = {"n": 4, "f": 1, "rule": "median", "rounds": ROUNDS}
@@ -144,14 +144,17 @@ async def test_an_update_that_is_refused(case: str) -> None:
         await d.nothing_changed(**{reason.lower(): 1})
 
 
+@pytest.mark.parametrize("frames_of", [list, lambda frames: [whole_frame(frames)]], ids=["three frames", "one frame"])
 @both_sizes
-async def test_all_of_them_on_one_stream_and_then_a_good_one(settings: dict[str, Any]) -> None:
-    """A refused update costs the stream nothing but itself."""
+async def test_all_of_them_on_one_stream_and_then_a_good_one(
+    settings: dict[str, Any], frames_of: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    """A refused update costs the stream nothing but itself, however it is framed."""
     async with door(settings) as d:
         payload = d.raw.honest(3, d.pulled)
-        frames = [frame for _, spoil in REFUSED.values() for frame in spoil(d, payload)]
+        frames = [frame for _, spoil in REFUSED.values() for frame in frames_of(spoil(d, payload))]
         reasons = [reason for reason, _ in REFUSED.values()]
-        check(await d.raw.send([*frames, *d.update()]), *reasons, "")
+        check(await d.raw.send([*frames, *frames_of(d.update())]), *reasons, "")
         counts = {reason.lower(): reasons.count(reason) for reason in reasons}
         await d.raw.play(after=0)
         assert (await d.c.summary())["digest"] == await undisturbed(**settings)
@@ -191,6 +194,7 @@ BROKEN: dict[str, tuple[list[str], Callable[[Door], list[bytes]]]] = {
     "a trailer before any header": (["PROTOCOL"], lambda d: d.update()[-1:]),
     "a header twice": (["PROTOCOL", "PROTOCOL"], lambda d: [d.update()[0], d.update()[0]]),
     "a header inside a payload": (["PROTOCOL", "PROTOCOL"], lambda d: [*d.update()[:2], d.update()[0]]),
+    "a whole update inside another": (["PROTOCOL", "PROTOCOL"], lambda d: [d.update()[0], whole_frame(d.update())]),
     "garbage": (["PROTOCOL"], lambda d: [b"\xff\xff\xff"]),
     "garbage inside an update": (["PROTOCOL", "PROTOCOL"], lambda d: [*d.update()[:2], b"\x12\xffgarbage"]),
     "an empty frame": (["PROTOCOL"], lambda d: [b""]),

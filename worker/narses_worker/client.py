@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from narses.errors import DamagedError, NarsesError, RefusedError, SessionLostError, UnreachableError
 from narses.observe.metrics import Metrics
-from narses.rpc.codec import DecodeError, chunk_frame, parse_pull
+from narses.rpc.codec import DecodeError, chunk_frame, parse_pull, update_frame
 from narses.rpc.convert import task_from_wire
-from narses.rpc.digest import hasher
+from narses.rpc.digest import Hasher, hasher
 from narses.rpc.intake import INLINE_BYTES, Intake
 from narses.rpc.interceptors import client_attempt
 from narses.rpc.options import CHANNEL_OPTIONS
@@ -225,15 +225,23 @@ class Push:
         )
         state = hasher(task.digest)
         payload = row_D.view(np.uint8).data
+        if len(payload) <= task.chunk_bytes:
+            state.update(payload)
+            await self.write(update_frame(header, payload, pb.UpdateTrailer(digest=state.digest())))
+        else:
+            await self._send_in_chunks(header, payload, state)
+        if self._session.client.metrics is not None:
+            self._session.client.metrics.inc("narses_worker_sent_bytes_total", row_D.nbytes, rpc="push")
+
+    async def _send_in_chunks(self, header: pb.UpdateHeader, payload: memoryview, state: Hasher) -> None:
+        chunk_bytes = self._session.task.chunk_bytes
         await self.write(pb.PushRequest(header=header).SerializeToString())
-        for at in range(0, len(payload), task.chunk_bytes):
+        for at in range(0, len(payload), chunk_bytes):
             # On the loop thread: a hop to another costs what hashing a piece does, and gRPC sends the one before it meanwhile.
-            piece = payload[at : at + task.chunk_bytes]
+            piece = payload[at : at + chunk_bytes]
             state.update(piece)
             await self.write(chunk_frame(piece))
         await self.write(pb.PushRequest(trailer=pb.UpdateTrailer(digest=state.digest())).SerializeToString())
-        if self._session.client.metrics is not None:
-            self._session.client.metrics.inc("narses_worker_sent_bytes_total", row_D.nbytes, rpc="push")
 
     async def write(self, frame: bytes) -> None:
         """Write one raw PushRequest frame."""

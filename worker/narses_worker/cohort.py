@@ -20,7 +20,8 @@ from narses_worker.trainer import Step, Trainer
 GROUP_BYTES = 8 << 20
 """Updates of this size together are computed in one go.
 
-Leaving the loop thread, and sharing the interpreter with it, costs a small update half as much again as computing it.
+While one thread computes and another sends, every tensor operation fights for the interpreter: with groups of 256 KiB, 17
+updates of 318 KB cost half as much again.
 """
 
 

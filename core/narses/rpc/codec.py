@@ -28,6 +28,13 @@ def chunk_frame(payload: memoryview | bytes) -> bytes:
     return b"".join((b"\x12", varint(len(payload)), payload))
 
 
+def update_frame(header: pb.UpdateHeader, payload: memoryview | bytes, trailer: pb.UpdateTrailer) -> bytes:
+    """A whole update in one frame, with one copy of the payload. A message costs more time than 100 KiB of its bytes."""
+    head, tail = header.SerializeToString(), trailer.SerializeToString()
+    parts = (b"\x0a", varint(len(head)), head, b"\x12", varint(len(payload)), payload, b"\x1a", varint(len(tail)), tail)
+    return b"".join((b"\x22", varint(sum(map(len, parts))), *parts))
+
+
 def chunk_of(frame: bytes) -> memoryview | None:
     """The payload if `frame` is exactly 0x12, a minimal varint equal to the rest, and the rest; else None. No copy."""
     if len(frame) < 2 or frame[0] != _CHUNK_TAG:
@@ -67,4 +74,13 @@ def chunk_frames(payload: memoryview, chunk_bytes: int) -> list[bytes]:
     return [chunk_frame(payload[at : at + chunk_bytes]) for at in range(0, len(payload), chunk_bytes)]
 
 
-__all__ = ["DecodeError", "chunk_frame", "chunk_frames", "chunk_of", "parse_pull", "parse_push", "varint"]
+__all__ = [
+    "DecodeError",
+    "chunk_frame",
+    "chunk_frames",
+    "chunk_of",
+    "parse_pull",
+    "parse_push",
+    "update_frame",
+    "varint",
+]

@@ -156,14 +156,26 @@ class RoundHeader(_message.Message):
     def __init__(self, run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., not_modified: bool = ..., finished: bool = ..., n: _Optional[int] = ..., f: _Optional[int] = ..., rule: _Optional[str] = ..., closes_in_ms: _Optional[int] = ..., durable_round: _Optional[int] = ..., digest: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., byte_length: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ...) -> None: ...
 
 class PushRequest(_message.Message):
-    __slots__ = ("header", "chunk", "trailer")
+    __slots__ = ("header", "chunk", "trailer", "update")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     TRAILER_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
     header: UpdateHeader
     chunk: bytes
     trailer: UpdateTrailer
-    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., trailer: _Optional[_Union[UpdateTrailer, _Mapping]] = ...) -> None: ...
+    update: Update
+    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., trailer: _Optional[_Union[UpdateTrailer, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ...) -> None: ...
+
+class Update(_message.Message):
+    __slots__ = ("header", "payload", "trailer")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    TRAILER_FIELD_NUMBER: _ClassVar[int]
+    header: UpdateHeader
+    payload: bytes
+    trailer: UpdateTrailer
+    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., payload: _Optional[bytes] = ..., trailer: _Optional[_Union[UpdateTrailer, _Mapping]] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
     __slots__ = ("run_id", "worker", "round", "base_digest", "dtype", "byte_length")
