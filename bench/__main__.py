@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 
-from bench.result import markdown
-
 NAMES = ("push", "rounds")
 
 
@@ -19,8 +17,9 @@ def main(arguments: list[str]) -> int:
     for name in names:
         print(f"measuring {name} ...", flush=True)
         result = importlib.import_module(f"bench.{name}").main(options)
-        print(markdown(result.as_dict()))
-        print(f"written: {result.write()} and .json\n", flush=True)
+        path = result.write()
+        print(path.read_text(encoding="utf-8"))
+        print(f"written: {path} and .json\n", flush=True)
     return 0
 
 
