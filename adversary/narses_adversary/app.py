@@ -10,12 +10,11 @@ import structlog
 import typer
 
 from narses.cli import CheckOption, ConfigOption, SetOption, launch, new_app
-from narses.errors import ConfigError
 from narses.observe.daemon import Surroundings, prepare
 from narses.observe.health import READINESS
 from narses.observe.process import stop_event
 from narses.rpc.interceptors import server_interceptors
-from narses.rpc.options import SERVER_OPTIONS
+from narses.rpc.options import SERVER_OPTIONS, listen
 from narses.task import Task
 from narses_adversary.config import AdversaryConfig, Attacking, ProxyConfig
 from narses_adversary.proxy import SERVICE, Proxy
@@ -93,15 +92,7 @@ class ProxyServer:
         self._proxy = Proxy(self.config, self._executor, metrics)
         self._server = grpc.aio.server(interceptors=server_interceptors(metrics), options=SERVER_OPTIONS)
         self._server.add_generic_rpc_handlers((self._proxy.handler(),))
-        try:
-            self.port = self._server.add_insecure_port(self.config.listen)
-        except RuntimeError:
-            self.port = 0
-        if self.port == 0:
-            raise ConfigError(
-                f"listen = {self.config.listen}: the address cannot be used (taken, or not of this machine); "
-                f"choose another port, or port 0 for a free one"
-            )
+        self.port = listen(self._server, self.config.listen)
         await self._server.start()
         for service in (SERVICE, READINESS):
             await self.surroundings.health.set(service, True)

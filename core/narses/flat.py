@@ -9,10 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from narses.errors import ConfigError, InputError
+
+ROW_ALIGNMENT = 64  # bytes: a cache line, and the width of an AVX-512 register
 
 
 def count(module: nn.Module) -> int:
@@ -62,3 +66,15 @@ def layout_hash(module: nn.Module) -> bytes:
     """32 bytes, SHA-256 over the names and shapes in order: equal where a (D,) vector means the same parameters."""
     layout = [[name, list(parameter.shape)] for name, parameter in module.named_parameters()]
     return hashlib.sha256(json.dumps(layout, separators=(",", ":")).encode()).digest()
+
+
+def aligned_rows(count: int, dimension: int) -> NDArray[np.float32]:
+    """A fresh (count, dimension) float32 matrix, zero, every row starting at a multiple of 64 bytes (a cache line).
+
+    It is touched here: the kernel hands out pages at first touch, at a quarter of the speed at which updates arrive.
+    """
+    stride = -(-dimension * 4 // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    raw = np.empty(count * stride + ROW_ALIGNMENT, np.uint8)
+    raw.fill(0)
+    start = -raw.ctypes.data % ROW_ALIGNMENT
+    return raw[start : start + count * stride].view(np.float32).reshape(count, stride // 4)[:, :dimension]

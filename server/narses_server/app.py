@@ -11,12 +11,11 @@ import structlog
 import typer
 
 from narses.cli import CheckOption, ConfigOption, SetOption, launch, new_app
-from narses.errors import ConfigError
 from narses.observe.daemon import Surroundings, prepare
 from narses.observe.health import READINESS
 from narses.observe.process import stop_event
 from narses.rpc.interceptors import server_interceptors
-from narses.rpc.options import SERVER_OPTIONS
+from narses.rpc.options import SERVER_OPTIONS, listen
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses_server.config import RunConfig, ServerConfig
 from narses_server.coordinator import Run
@@ -64,15 +63,7 @@ class Server:
     async def startup(self) -> None:
         """Listen. ConfigError if an address cannot be used."""
         await self._surroundings.start()
-        try:
-            self.port = self._server.add_insecure_port(self.config.listen)
-        except RuntimeError:
-            self.port = 0
-        if self.port == 0:
-            raise ConfigError(
-                f"listen = {self.config.listen}: the address cannot be used (taken, or not of this machine); "
-                f"choose another port, or port 0 for a free one"
-            )
+        self.port = listen(self._server, self.config.listen)
         await self._server.start()
         log.info("listening", address=self.config.listen, port=self.port, **self._surroundings.ports)
 

@@ -8,9 +8,8 @@ from concurrent.futures import Executor
 import numpy as np
 from numpy.typing import NDArray
 
+from narses.flat import aligned_rows
 from narses.rpc.intake import INLINE_BYTES, Intake
-
-_ALIGNMENT = 64  # bytes: a cache line, and the width of an AVX-512 register
 
 
 class UpdateMatrix:
@@ -21,14 +20,9 @@ class UpdateMatrix:
     """
 
     def __init__(self, n: int, dimension: int) -> None:
-        stride = -(-dimension * 4 // _ALIGNMENT) * _ALIGNMENT
-        raw = np.empty(n * stride + _ALIGNMENT, np.uint8)
-        raw.fill(0)  # the kernel hands out pages at first touch, at a quarter of the speed at which updates arrive
-        start = -raw.ctypes.data % _ALIGNMENT
-        padded = raw[start : start + n * stride].view(np.float32).reshape(n, stride // 4)
-        self.rows_ND: NDArray[np.float32] = padded[:, :dimension]
+        self.rows_ND: NDArray[np.float32] = aligned_rows(n, dimension)
         self.row_bytes = dimension * 4
-        self.bytes_reserved = n * stride
+        self.bytes_reserved = n * self.rows_ND.strides[0]
         self._writers: list[RowWriter | None] = [None] * n
         self._taking = [asyncio.Lock() for _ in range(n)]
 

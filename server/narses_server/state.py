@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from narses import flat, rules
-from narses.errors import CheckpointError, InputError
+from narses.errors import CheckpointError, ConfigError, InputError
 from narses.rpc.convert import table_to_wire
 from narses.rules import Context
 from narses.task import Task
@@ -135,6 +135,11 @@ class State:
         """Make the state after `rounds` rounds durable, where checkpoints are kept; CheckpointError if the disk refuses."""
         if self._checkpoints is None or self.durable_round == rounds - 1:
             return
+        if self._rule_state is not None:
+            raise ConfigError(
+                f"rule {self.rule_table} keeps a state from round to round, which checkpoints of this version do not hold; "
+                f"remove [checkpoint] or choose a rule without one"
+            )
         begun = time.perf_counter()
         tensors: Mapping[str, Tensor] = {"parameters": self.parameters_D, **self._optimizer.tensors(), **extra.tensors}
         try:

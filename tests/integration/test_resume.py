@@ -10,11 +10,23 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
+from pydantic.dataclasses import dataclass
 
+from narses import models
+from narses.combine import Mean
+from narses.config import STRICT
 from narses.errors import ConfigError
-from tests.cluster import cluster, undisturbed
+from narses.observe.metrics import Metrics
+from narses.rules import Aggregation, Context
+from narses.updates import Updates
+from narses_server.config import CheckpointConfig
+from narses_server.state import Extra, State
+from narses_server.watch import Watch
+from tests.cluster import cluster, experiment, undisturbed
 
 SETTINGS: dict[str, Any] = {"n": 4, "f": 1, "rule": "median", "rounds": 40, "evaluate": 10}
 MOMENTUM: dict[str, Any] = {"optimizer": {"learning_rate": 0.1, "momentum": 0.9, "fading": 100.0}}
@@ -75,3 +87,24 @@ async def test_another_configuration_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint-0000000040\.safetensors belongs to another configuration"):
         async with cluster(output=str(tmp_path), checkpoint={}, daemons=[], **{**SETTINGS, "rule": "mean"}) as c:
             await c.summary()
+
+
+@dataclass(frozen=True, config=STRICT)
+class Remembering:
+    """A rule of one's own that keeps a state from round to round."""
+
+    def min_updates(self, f: int) -> int:
+        return 1
+
+    def __call__(self, updates: Updates, f: int, context: Context | None = None) -> Aggregation:
+        return Aggregation(updates.per_coordinate(Mean()), state="what would be lost")
+
+
+def test_a_rules_state_is_refused_rather_than_lost(tmp_path: Path) -> None:
+    config = experiment(rule=f"{__name__}:Remembering", n=1, output=str(tmp_path), checkpoint={}).resolved[0]
+    module = models.make("softmax").build((8, 8), 10, 1)
+    state = State(config, module, Watch(Metrics("server")), output=tmp_path, checkpoint=CheckpointConfig())
+    task = mock.Mock(rounds=9, digest="blake3", chunk_bytes=1024)
+
+    with pytest.raises(ConfigError, match="keeps a state from round to round, which checkpoints of this version"):
+        state.close(task, 0, np.zeros((1, 650), np.float32), (0,), 0, Extra({}, {}))

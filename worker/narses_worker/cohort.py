@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from narses.flat import aligned_rows
 from narses.observe.metrics import Metrics
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses.task import Task
@@ -58,12 +59,8 @@ class Cohort:
         self.task = task
         self.workers = tuple(workers)
         self.trainer = Trainer(task, self.workers, device=device, data_dir=data_dir, allow=allow)
-        stride = -(-task.dimension * 4 // 64) * 64
-        raw = np.empty(len(self.workers) * stride + 64, np.uint8)
-        start = -raw.ctypes.data % 64
-        padded = raw[start : start + len(self.workers) * stride].view(np.float32).reshape(-1, stride // 4)
-        self.rows_KD: NDArray[np.float32] = padded[:, : task.dimension]
-        self._group = max(1, GROUP_BYTES // stride)
+        self.rows_KD: NDArray[np.float32] = aligned_rows(len(self.workers), task.dimension)
+        self._group = max(1, GROUP_BYTES // self.rows_KD.strides[0])
         self._executor = executor
         self._metrics = metrics
         self._done: tuple[int, bytes] | None = None  # (round, base) whose rows are complete

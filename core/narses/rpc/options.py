@@ -6,6 +6,10 @@ machine frees its worker ids after 15 s at the latest.
 
 from __future__ import annotations
 
+import grpc
+
+from narses.errors import ConfigError
+
 MESSAGE_LIMIT = 8 << 20
 """Bytes of the largest message either side accepts. Payloads are chunked, so nothing legitimate comes near it."""
 
@@ -41,3 +45,17 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     # A shared subchannel would let one daemon's channel outlive it inside a process that runs several.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+
+def listen(server: grpc.aio.Server, address: str) -> int:
+    """Bind `server` to `address`: the port. ConfigError if the address cannot be used."""
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise ConfigError(
+            f"listen = {address}: the address cannot be used (taken, or not of this machine); choose another port, or port 0 "
+            f"for a free one"
+        )
+    return port
