@@ -58,7 +58,7 @@ learning_rate = 0.1
 
 async def measure(rounds: int, rules: tuple[str, ...], repetitions: int) -> Result:
     """Every rule with gradients, then without, `repetitions` times."""
-    dataset, note = _dataset()
+    dataset, note = mnist_table()
     rates: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {}
     for _ in range(repetitions):
@@ -87,7 +87,8 @@ async def measure(rounds: int, rules: tuple[str, ...], repetitions: int) -> Resu
     )
 
 
-def _dataset() -> tuple[str, str]:
+def mnist_table() -> tuple[str, str]:
+    """The data set's line of the configuration, and the note that says what it is: MNIST, or its stand-in if it is absent."""
     try:
         datasets.load("mnist", None)
     except DataError as error:
@@ -107,15 +108,16 @@ async def _play(
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(await Program.start(console("narses_server", config)))
         port = (await server.until("listening"))["port"]
-        commands = [_worker(folder, port, ids, gradients) for ids in COHORTS]
+        commands = [worker_command(folder, port, ids, gradients) for ids in COHORTS]
         workers = [await stack.enter_async_context(await Program.start(command)) for command in commands]
         server.companions = workers
         for rule in rules:
             await server.until("run finished", 600.0, run=rule, outcome="completed")
-    return {rule: _rate(server.log, rule, rounds) for rule in rules}
+    return {rule: rate_of(server.log, rule, rounds) for rule in rules}
 
 
-def _worker(folder: Path, port: int, ids: str, gradients: bool) -> list[str]:
+def worker_command(folder: Path, port: int, ids: str, gradients: bool = True) -> list[str]:
+    """A daemon for workers `ids`; its configuration is written to `folder`."""
     if not gradients:
         return [sys.executable, "-m", "bench.rounds", "still", str(port), ids]
     config = folder / f"worker-{ids}.toml"
@@ -126,10 +128,11 @@ def _worker(folder: Path, port: int, ids: str, gradients: bool) -> list[str]:
     return console("narses_worker", config)
 
 
-def _rate(log: list[dict[str, Any]], rule: str, rounds: int) -> tuple[float, float, float]:
-    lines = [e for e in log if e["event"] == "progress" and e["run"] == rule and e["round"] >= WARM_UP * rounds]
+def rate_of(log: list[dict[str, Any]], run: str, rounds: int) -> tuple[float, float, float]:
+    """Rounds/s of one run, and CPU milliseconds per round of the server and of the workers together, without the warm-up."""
+    lines = [e for e in log if e["event"] == "progress" and e["run"] == run and e["round"] >= WARM_UP * rounds]
     if len(lines) < 2:
-        raise RuntimeError(f"{rule}: {rounds} rounds are over before there are two progress lines; take more --rounds")
+        raise RuntimeError(f"{run}: {rounds} rounds are over before there are two progress lines; take more --rounds")
     first, last = lines[0], lines[-1]
     count = last["round"] - first["round"]
     return (

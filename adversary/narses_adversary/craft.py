@@ -49,7 +49,7 @@ class Crafter:
     def __init__(self, task: Task, plan: Plan, seed: int) -> None:
         self.task = task
         self.plan = plan
-        self._seed = seed
+        self._draws = seeding.derive(seed, "run", task.seed)
         self._memory: dict[str, Any] = {}
         self._rule: tuple[str, rules.Rule | None] = ("", None)
         self._one_at_a_time = threading.Lock()
@@ -58,7 +58,7 @@ class Crafter:
 
     def members(self, round_: int, candidates: Sequence[int], f: int) -> tuple[int, ...]:
         """Who attacks in round `round_`; nobody while the plan is not active. ConfigError if they are more than there are."""
-        return self.plan.members_of(round_, candidates, f, self._seed) if self.plan.active(round_) else ()
+        return self.plan.members_of(round_, candidates, f, self._draws) if self.plan.active(round_) else ()
 
     def crafted(self, header: pb.RoundHeader) -> bool:
         """Whether craft() has answered for this round before."""
@@ -111,7 +111,7 @@ class Crafter:
             round=header.round,
             rule=self._rule_of(header.rule),
             learning_rate=self.task.learning_rate.at(header.round),
-            generator=seeding.generator(self._seed, "attack", self.task.run_name, header.round),
+            generator=seeding.generator(self._draws, "attack", header.round),
             members=tuple(members),
             kind=self.task.update,
             task=self.task,

@@ -38,6 +38,8 @@ class CorruptedCohort(Cohort):
         executor: Executor,
         metrics: Metrics,
         before: CorruptedCohort | None = None,
+        rows_KD: Sequence[Row] | None = None,
+        group: int | None = None,
     ) -> None:
         super().__init__(
             task,
@@ -47,6 +49,10 @@ class CorruptedCohort(Cohort):
             data_dir=config.data_dir,
             metrics=metrics,
             allow=config.allow,
+            state_dir=config.state_dir,
+            rows_KD=rows_KD,
+            group=group,
+            before=before,
         )
         self._adversary_metrics = metrics
         plan = config.plan_for(task.run_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,18 +71,28 @@ def apply_set(tree: dict[str, Any], assignment: str) -> None:
 
 def explain(error: ValidationError) -> str:
     """One sentence per wrong key: where, what came, what was expected."""
-    sentences = []
+    sentences: dict[
+        str, list[str]
+    ] = {}  # where a value may be of several kinds, each kind complains: one sentence for all
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        where = ".".join(str(part) for part in item["loc"] if not _is_kind(part)) or "(whole)"
         match item["type"]:
             case "extra_forbidden" | "unexpected_keyword_argument":
-                sentences.append(f"unknown key {where} (value {item['input']!r})")
+                start, complaint = f"unknown key {where} (value {item['input']!r})", ""
             case "missing" | "missing_argument":
-                sentences.append(f"{where} is required")
+                start, complaint = f"{where} is required", ""
             case "value_error":
                 cause = item.get("ctx", {}).get("error")
                 text = str(cause) if cause is not None else item["msg"]
-                sentences.append(text if where == "(whole)" else f"{where}: {text}")
+                start, complaint = (text, "") if where == "(whole)" else (where, text)
             case _:
-                sentences.append(f"{where} = {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
-    return "; ".join(sentences)
+                start, complaint = f"{where} = {item['input']!r}", f"{item['msg'][:1].lower()}{item['msg'][1:]}"
+        sentences.setdefault(start, []).append(complaint)
+    return "; ".join(
+        f"{start}: {', or '.join(complaints)}" if any(complaints) else start for start, complaints in sentences.items()
+    )
+
+
+def _is_kind(part: str | int) -> bool:
+    """Whether pydantic put `part` into a location to tell which member of a union complains."""
+    return isinstance(part, str) and re.match(r"constrained-|literal\[|tuple\[", part) is not None

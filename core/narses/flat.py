@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 
 import numpy as np
 import torch
@@ -47,19 +48,38 @@ def write(vector_D: Tensor, module: nn.Module) -> None:
             parameter.copy_(view)
 
 
-def views(row_D: Tensor, module: nn.Module) -> list[Tensor]:
-    """One view into `row_D` per parameter of `module`, shaped like it: what is written to a view lands in the row.
+class Layout:
+    """Where each parameter of a module lies in the flat vector, worked out once: for what is done at every update.
 
-    row_D: (D,) with stride 1, e.g. a row of the (n, D) matrix. InputError if its shape or stride is another.
+    dimension: D; shapes: of the parameters, in order.
     """
-    sizes = [parameter.numel() for parameter in module.parameters()]
-    if row_D.shape != (sum(sizes),) or row_D.stride() != (1,):
-        raise InputError(
-            f"expected one vector of {sum(sizes)} values with stride 1 for this model, "
-            f"got shape {tuple(row_D.shape)} with strides {row_D.stride()}"
-        )
-    parts = torch.split(row_D, sizes)
-    return [part.view(parameter.shape) for part, parameter in zip(parts, module.parameters(), strict=True)]
+
+    def __init__(self, module: nn.Module) -> None:
+        self.shapes = [parameter.shape for parameter in module.parameters()]
+        self._places: list[tuple[torch.Size, list[int], int]] = []  # (shape, row-major strides, first value)
+        self.dimension = 0
+        for shape in self.shapes:
+            strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+            self._places.append((shape, strides, self.dimension))
+            self.dimension += shape.numel()
+
+    def views(self, row_D: Tensor) -> list[Tensor]:
+        """One view into `row_D` per parameter, shaped like it: what is written to a view lands in the row.
+
+        row_D: (D,) with stride 1, e.g. a row of the (n, D) matrix. InputError if its shape or stride is another.
+        """
+        if row_D.shape != (self.dimension,) or row_D.stride() != (1,):
+            raise InputError(
+                f"expected one vector of {self.dimension} values with stride 1 for this model, "
+                f"got shape {tuple(row_D.shape)} with strides {row_D.stride()}"
+            )
+        start = row_D.storage_offset()
+        return [row_D.as_strided(shape, strides, start + first) for shape, strides, first in self._places]
+
+
+def views(row_D: Tensor, module: nn.Module) -> list[Tensor]:
+    """`Layout(module).views(row_D)`, for what is done once."""
+    return Layout(module).views(row_D)
 
 
 def layout_hash(module: nn.Module) -> bytes:

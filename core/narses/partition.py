@@ -1,4 +1,4 @@
-"""Which training samples a logical worker uses in a round: a function of (seed, worker, round), with no state.
+"""Which training samples a logical worker uses in a step: a function of (seed, worker, step), with no state.
 
 So a worker that was killed, moved to another daemon or never existed before computes the same batch. A partition is a
 frozen dataclass whose fields are its configuration; being listed in PARTITIONS gives it a name.
@@ -27,10 +27,18 @@ from narses.seeding import derive, generator
 class Division(Protocol):
     """The training set as the n workers of one run see it."""
 
-    def batch(self, worker: int, round_: int, size: int) -> Tensor:
-        """Indices (B,) int64 into the training set for one update, fresh memory; 1 <= B <= size.
+    def batch(self, worker: int, step: int, size: int) -> Tensor:
+        """Indices (B,) int64 into the training set for the worker's step number `step`, fresh memory; 1 <= B <= size.
 
-        ConfigError for a worker outside 0..n-1.
+        Steps are counted from 0 over the whole run; with one step per round they are the rounds. ConfigError for a worker
+        outside 0..n-1.
+        """
+        ...
+
+    def share(self, worker: int) -> int:
+        """The worker's own samples, which it passes through in ceil(share / size) steps.
+
+        ConfigError where a worker has none of its own, and for a worker outside 0..n-1.
         """
         ...
 
@@ -55,12 +63,17 @@ class Shares:
         assert all(len(share) for share in shares)
         self._shares = shares
 
-    def batch(self, worker: int, round_: int, size: int) -> Tensor:
+    def batch(self, worker: int, step: int, size: int) -> Tensor:
         """As Division."""
         _check(worker, len(self._shares))
         share = self._shares[worker]
-        first = round_ % -(-len(share) // size) * size
+        first = step % -(-len(share) // size) * size
         return share[first : first + size].clone()
+
+    def share(self, worker: int) -> int:
+        """As Division."""
+        _check(worker, len(self._shares))
+        return len(self._shares[worker])
 
 
 class Draws:
@@ -69,10 +82,18 @@ class Draws:
     def __init__(self, seed: int, n: int, size: int) -> None:
         self._seed, self._n, self._size = seed, n, size
 
-    def batch(self, worker: int, round_: int, size: int) -> Tensor:
+    def batch(self, worker: int, step: int, size: int) -> Tensor:
         """As Division."""
         _check(worker, self._n)
-        return torch.randint(self._size, (size,), generator=generator(self._seed, "batch", worker, round_))
+        return torch.randint(self._size, (size,), generator=generator(self._seed, "batch", worker, step))
+
+    def share(self, worker: int) -> int:
+        """ConfigError: nobody has samples of their own."""
+        _check(worker, self._n)
+        raise ConfigError(
+            'partition "iid" gives a worker no samples of its own, so there is no whole shard and no pass over it: take a '
+            "number for batch and local_steps, or another partition"
+        )
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -89,6 +89,49 @@ def demo(
         raise typer.Exit(EXIT_FAILURE)
 
 
+@app.command("run")
+def run_(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment file.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; a second call goes on there.", show_default="narses-out/<name>"),
+    ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="grpc (daemons) or local (one process).", show_default="the file's")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated."),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Validate, say what would be played, and exit.")] = False,
+) -> None:
+    """Play every run of an experiment that its folder does not hold yet, then report. Ctrl-C keeps what is done."""
+    from narses_lab.experiment import command  # here: it imports PyTorch, which takes seconds
+
+    sets = [*(set_ or ()), *([] if transport is None else [f"transport={transport}"])]
+    raise typer.Exit(command.run(experiment, output, sets, check, Console(highlight=False)))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A folder that `narses run` has filled.")]) -> None:
+    """Render report.html and report.md from an experiment's results."""
+    from narses_lab import reporting
+
+    rendered = reporting.render(folder)
+    typer.echo(rendered.html)
+    typer.echo(rendered.markdown)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="rules, attacks, models, datasets or partitions.")],
+) -> None:
+    """What can be named in configuration files, with its fields."""
+    from narses_lab import listing
+
+    listing.show(kind, Console(highlight=False))
+
+
 def _rules(names: list[str] | None) -> tuple[str, ...]:
     for name in names or ():
         if name not in RULES:
@@ -111,6 +154,19 @@ def main() -> None:
     """Entry point of the console script; an error of the lab is told without a traceback."""
     try:
         app()
-    except LabError as error:
+    except Exception as error:
+        code = _code(error)
+        if code is None:
+            raise
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(EXIT_OPTION if isinstance(error, OptionError) else EXIT_FAILURE)
+        sys.exit(code)
+
+
+def _code(error: Exception) -> int | None:
+    """The exit code for what a person can do something about; None for what only we can."""
+    if isinstance(error, LabError):
+        return EXIT_OPTION if isinstance(error, OptionError) else EXIT_FAILURE
+    errors = sys.modules.get("narses.errors")  # if that was never imported, it is none of its errors
+    if errors is None or not isinstance(error, errors.NarsesError):
+        return None
+    return EXIT_OPTION if isinstance(error, errors.ConfigError | errors.DataError) else EXIT_FAILURE

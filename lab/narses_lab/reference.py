@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from narses.config import Config
 from narses.observe.config import Endpoint, LogConfig
 from narses_adversary.config import AdversaryConfig, ProxyConfig
+from narses_lab.experiment.config import ExperimentConfig
 from narses_server.config import ServerConfig
 from narses_worker.config import WorkerConfig
 
@@ -24,6 +25,7 @@ PROGRAMS: tuple[tuple[str, type[Config]], ...] = (
     ("narses-worker", WorkerConfig),
     ("narses-adversary worker", AdversaryConfig),
     ("narses-adversary proxy", ProxyConfig),
+    ("narses run", ExperimentConfig),
 )
 
 COMMON: dict[str, tuple[str, type[Config]]] = {
@@ -62,7 +64,7 @@ def _section(config: type[Config], prefix: str) -> Iterator[str]:
     for name, field in config.model_fields.items():
         inner = _config_class(field.annotation)
         if inner is None:
-            yield f"| `{prefix}{name}` | {_type(field)} | {_default(field)} | {field.description or ''} |"
+            yield f"| `{prefix}{name}` | {_type(field)} | {_default(field)} | {' '.join((field.description or '').split())} |"
         elif inner not in common:
             nested.append((f"{prefix}{name}", inner, field))
     yield ""
@@ -122,10 +124,12 @@ def _default(field: FieldInfo) -> str:
         return "-"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, Config):
+        return ", ".join(f"`{key} = {item}`" for key, item in value.model_dump().items())
     if isinstance(value, str):
         return f'`"{value}"`'
     if isinstance(value, dict):
-        return f'`"{value["name"]}"`'
+        return f'`"{value["name"]}"`' if "name" in value else "-"
     return "`[]`" if value == () else f"`{value}`"
 
 

@@ -138,6 +138,8 @@ def serve(config: ConfigOption = None, set_: SetOption = None, check: CheckOptio
     """Serve the runs of a configuration file; SIGTERM drains."""
     loaded = ServerConfig.load(config, set_ or ())
     if check:
+        for text in dict.fromkeys(text for resolved in loaded.resolved for text in resolved.warnings()):
+            typer.echo(f"warning: {text}", err=True)
         typer.echo(f"ok: {len(loaded.resolved)} run(s), first {loaded.resolved[0].name!r}")
         return
     prepare(loaded)

@@ -21,7 +21,7 @@ from narses import datasets, models, partition, rules
 from narses.config import Config
 from narses.observe.config import Endpoint, LogConfig
 from narses.observe.process import address, is_loopback
-from narses.task import LearningRate
+from narses.task import LearningRate, UpdateKind, several_steps
 
 Table = dict[str, Any]
 
@@ -39,8 +39,18 @@ class TaskConfig(Config):
     """The data set: a name or a table of narses.datasets, or an import string, as for the model."""
     partition: Table = Field(default_factory=lambda: {"name": "shards"})
     """Who trains on what, a name or a table of narses.partition: shards, iid, label (labels_per_worker), dirichlet (alpha)."""
-    batch: PositiveInt
-    """Samples per update."""
+    batch: PositiveInt | Literal["shard"]
+    """Samples per step, or "shard": the worker's whole share."""
+    micro_batch: PositiveInt | None = None
+    """Samples that pass through the model at once, where a batch is too large for that; absent: the whole batch."""
+    update: UpdateKind = "gradient"
+    """What workers push: the gradient of one batch, or their own "parameters" after local_steps steps (ALIE's Algorithm 1)."""
+    local_steps: PositiveInt | Literal["pass"] = 1
+    """With update = "parameters": steps per round, or "pass", once through the worker's share."""
+    local_momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of every worker, before it sends; workers keep theirs between rounds, and in their state_dir between restarts."""
+    local_l2: NonNegativeFloat = 0.0
+    """L2 penalty that every worker adds to its gradients."""
     seed: int = Field(default=1, ge=0, lt=2**63)
     """Of the first parameters and of every batch; the same seed gives the same run."""
     chunk_bytes: int = Field(default=1 << 20, ge=1 << 10, le=4 << 20)
@@ -55,6 +65,12 @@ class TaskConfig(Config):
         models.make(self.model, trusted=True)
         datasets.make(self.dataset, trusted=True)
         partition.make(self.partition, trusted=True)
+        if self.update == "gradient" and self.local_steps != 1:
+            raise ValueError(several_steps(self.local_steps))
+        if self.partition["name"] == "iid" and (self.batch == "shard" or self.local_steps == "pass"):
+            raise ValueError(
+                'partition "iid" gives a worker no share of its own: batch = "shard" and local_steps = "pass" need another one'
+            )
         return self
 
 
@@ -121,7 +137,10 @@ class RoundConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """[optimizer]: v <- momentum v - eta(t) (aggregate + l2 w); w <- w + v; eta(t) = learning_rate r / (t + r), r = fading."""
+    """[optimizer]: v <- momentum v - eta(t) (aggregate + l2 w); w <- w + v; eta(t) = learning_rate r / (t + r), r = fading.
+
+    With update = "parameters" the new parameters are the aggregate, and only eta(t) is used, by the workers.
+    """
 
     learning_rate: PositiveFloat
     """eta(0)."""
@@ -154,10 +173,21 @@ class CheckpointConfig(Config):
     """Checkpoints kept; if the newest is damaged, the one before it is used."""
 
 
+class StartConfig(Config):
+    """[start]: begin with the state that another run of the same settings left at a milestone."""
+
+    run: str
+    """That run's name; it is found under the same output folder."""
+    round: PositiveInt
+    """The milestone: rounds that it had played."""
+
+
 class RunConfig(Config):
     """One run, complete."""
 
     name: str = Field(default="run", min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/+=-]*$")
+    milestones: tuple[PositiveInt, ...] = ()
+    start: StartConfig | None = None
     task: TaskConfig
     round: RoundConfig
     optimizer: OptimizerConfig
@@ -169,6 +199,46 @@ class RunConfig(Config):
         if ".." in name.split("/") or name.endswith("/"):
             raise ValueError(f"run name {name!r} becomes a folder and must stay inside the output folder")
         return name
+
+    @field_validator("milestones", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _inside_the_run(self) -> Self:
+        if max(self.milestones, default=0) > self.round.rounds:
+            raise ValueError(f"milestones = {list(self.milestones)}: the run has {self.round.rounds} rounds")
+        if self.start is not None and self.start.round >= self.round.rounds:
+            raise ValueError(f"start.round = {self.start.round}: nothing is left to play of {self.round.rounds} rounds")
+        if self.task.local_momentum and (self.milestones or self.start is not None):
+            raise ValueError(
+                f"task.local_momentum = {self.task.local_momentum}: workers keep that momentum, so no run can start from "
+                f"the state of another; remove milestones and start"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> Self:
+        for key in ("momentum", "l2"):
+            value = getattr(self.optimizer, key)
+            if self.task.update == "parameters" and value:
+                raise ValueError(
+                    f"optimizer.{key} = {value} while workers push parameters: they step, and the aggregate is the new "
+                    f"parameters; move the value to task.local_{key}"
+                )
+        return self
+
+    def warnings(self) -> list[str]:
+        """What is legal but worth saying once."""
+        said = self.round.warnings()
+        for key in ("momentum", "l2"):
+            ours, theirs = getattr(self.optimizer, key), getattr(self.task, f"local_{key}")
+            if ours and theirs:
+                said.append(
+                    f"optimizer.{key} = {ours} and task.local_{key} = {theirs}: both act, one at the server, one at the workers"
+                )
+        return said
 
 
 class ServerConfig(Config):
@@ -201,6 +271,9 @@ class ServerConfig(Config):
     optimizer: OptimizerConfig
     evaluate: EvaluateConfig | None = None
     checkpoint: CheckpointConfig | None = None
+    milestones: tuple[PositiveInt, ...] = ()
+    """Rounds after which the state is kept for other runs to start from; needs output."""
+    start: StartConfig | None = None
     metrics: Endpoint = Endpoint()
     health: Endpoint = Endpoint()
     log: LogConfig = LogConfig()
@@ -212,7 +285,7 @@ class ServerConfig(Config):
     def _paths(cls, value: Any) -> Any:
         return Path(value) if isinstance(value, str) else value
 
-    @field_validator("runs", mode="before")
+    @field_validator("runs", "milestones", mode="before")
     @classmethod
     def _list(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -230,8 +303,13 @@ class ServerConfig(Config):
                 f"listen = {self.listen} is reachable from other machines in plaintext; set insecure_remote = true to accept "
                 f"that, or listen on 127.0.0.1"
             )
-        if self.checkpoint is not None and self.output is None:
-            raise ValueError("[checkpoint] needs an output folder: set output")
+        for what, wanted in (
+            ("[checkpoint]", self.checkpoint is not None),
+            ("milestones", any(run.milestones for run in self.resolved)),
+            ("[start]", any(run.start is not None for run in self.resolved)),
+        ):
+            if wanted and self.output is None:
+                raise ValueError(f"{what} needs an output folder: set output")
         names = [run.name for run in self.resolved]
         if len(set(names)) < len(names):
             raise ValueError(
@@ -246,19 +324,21 @@ class ServerConfig(Config):
             "name": self.name,
             **{s: getattr(self, s).model_dump(exclude_unset=True) for s in ("task", "round", "optimizer")},
             **({} if self.evaluate is None else {"evaluate": self.evaluate.model_dump()}),
+            **({} if self.start is None else {"start": self.start.model_dump()}),
+            "milestones": self.milestones,
         }
         if not self.runs:
             return (RunConfig.of(base, source="run"),)
-        return tuple(RunConfig.of(_merged(base, run), source=f"runs[{i}]") for i, run in enumerate(self.runs))
+        return tuple(RunConfig.of(laid_over(base, run), source=f"runs[{i}]") for i, run in enumerate(self.runs))
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
+def laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     """`over` laid over `base`, section by section. A table with a name (a rule, a model) replaces the whole old one."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping) and "name" not in value:
-            merged[key] = _merged(old, value)
+            merged[key] = laid_over(old, value)
         else:
             merged[key] = value
     return merged

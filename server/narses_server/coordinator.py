@@ -64,6 +64,11 @@ class Run:
             dataset=config.task.dataset,
             partition=config.task.partition,
             batch=config.task.batch,
+            micro_batch=config.task.micro_batch,
+            update=config.task.update,
+            local_steps=config.task.local_steps,
+            local_momentum=config.task.local_momentum,
+            local_l2=config.task.local_l2,
             seed=config.task.seed,
             learning_rate=config.optimizer.schedule,
             dimension=len(state.parameters_D),
@@ -166,7 +171,7 @@ class Run:
             joined=self.sessions.connected,
             first_round=self._first_round,
         )
-        for warning in config.round.warnings():
+        for warning in config.warnings():
             log.warning(warning, run=config.name)
         first = time.monotonic()
         self._scores.start(executor)

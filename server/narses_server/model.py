@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from narses import flat, models
@@ -66,13 +68,27 @@ BLOCK = 1 << 20
 """Values looked at in one go: torch's own isfinite and float64 norm make copies of the whole vector."""
 
 
-def norm_if_finite(vector_D: Tensor) -> float | None:
-    """The Euclidean norm of `vector_D` (D,), summed in float64, or None if it holds NaN or infinity. No copy of the vector."""
+def norm_if_finite(vector_D: Tensor, minus_D: Tensor | None = None) -> float | None:
+    """The Euclidean norm of `vector_D` (D,), or of its difference to `minus_D`, summed in float64; no copy of the vector.
+
+    None if it holds NaN or infinity.
+    """
     total = 0.0
-    for block in torch.split(vector_D, BLOCK):
+    for number, block in enumerate(torch.split(vector_D, BLOCK)):
         wide = block.double()
+        if minus_D is not None:
+            wide.sub_(minus_D[number * BLOCK : (number + 1) * BLOCK])
         total += float(wide @ wide)
     return math.sqrt(total) if math.isfinite(total) else None
+
+
+def subtract(matrix_ND: NDArray[np.float32], rows: Sequence[int], parameters_D: Tensor) -> None:
+    """Turn the parameters in `rows` of the matrix into differences to `parameters_D`, finite whatever a worker sent."""
+    start_D, limit = parameters_D.numpy(), np.finfo(np.float32).max
+    for row in rows:
+        with np.errstate(over="ignore"):
+            np.subtract(matrix_ND[row], start_D, out=matrix_ND[row])
+        np.clip(matrix_ND[row], -limit, limit, out=matrix_ND[row])
 
 
 def payload(parameters_D: Tensor) -> memoryview:

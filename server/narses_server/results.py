@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from narses import durable
 from narses.errors import ConfigError
 from narses_server.model import named
 
@@ -17,8 +18,11 @@ from narses_server.model import named
 class Results:
     """Files of one run under `folder`; with folder None everything is dropped."""
 
-    def __init__(self, folder: Path | None, resume_at: int = 0) -> None:
-        """resume_at: keep the lines of earlier rounds, of an earlier process."""
+    def __init__(self, folder: Path | None, resume_at: int = 0, last: Mapping[str, Any] | None = None) -> None:
+        """resume_at: keep the lines of earlier rounds, of an earlier process.
+
+        last: what is known of round resume_at - 1, in case the kill came after it was durable and before its line.
+        """
         self._folder = folder
         self._rounds: TextIO | None = None
         if folder is not None:
@@ -26,9 +30,11 @@ class Results:
                 folder.mkdir(parents=True, exist_ok=True)
                 path = folder / "rounds.jsonl"
                 kept = _lines_before(path, resume_at)
+                if last is not None and last["round"] not in kept:
+                    kept[last["round"]] = json.dumps(last) + "\n"
+                durable.write(path, "".join(kept.values()).encode())  # a kill between emptying and filling it loses all
                 # Line by line: what was written survives the process, though not the machine.
-                self._rounds = path.open("w", encoding="utf-8", buffering=1)
-                self._rounds.writelines(kept)
+                self._rounds = path.open("a", encoding="utf-8", buffering=1)
             except OSError as error:
                 raise ConfigError(f"output folder {folder}: cannot be written ({error.strerror})") from None
 
@@ -59,15 +65,16 @@ class Results:
         partial.replace(self._folder / "summary.json")
 
 
-def _lines_before(path: Path, round_: int) -> list[str]:
-    """The complete lines of rounds before `round_`."""
+def _lines_before(path: Path, round_: int) -> dict[int, str]:
+    """The complete lines of rounds before `round_`, by round."""
     if not round_ or not path.exists():
-        return []
-    kept = []
+        return {}
+    kept = {}
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if json.loads(line)["round"] < round_ and line.endswith("\n"):
-                kept.append(line)
+            of = json.loads(line)["round"]
+            if of < round_ and line.endswith("\n"):
+                kept[of] = line
         except (ValueError, KeyError, TypeError):
             continue  # the line that a kill cut short
     return kept

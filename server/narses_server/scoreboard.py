@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import torch
 from torch import Tensor, nn
 
 from narses_server.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from narses_server.watch import Watch
 log = structlog.get_logger("narses.server")
 
 PROGRESS_SECONDS = 0.5
+_EVALUATING = "evaluating."  # what the names of parameters under evaluation begin with in a checkpoint
 
 
 class Scoreboard:
@@ -49,33 +51,51 @@ class Scoreboard:
             else None
         )
         done = resumed.rounds if resumed is not None else 0
-        self._results = Results(output / config.name if output is not None else None, resume_at=done)
+        last = resumed.facts.get("line") if resumed is not None else None
+        self._results = Results(
+            output / config.name if output is not None else None,
+            resume_at=done,
+            last=None if last is None else {"outcome": "completed", **last, "refused": None, "seconds": None},
+        )
         self._evaluations: dict[int, Evaluation] = {}
+        # The same for checkpoints, which are many more: rounds, accuracy, loss.
+        self._table_E3 = torch.zeros((0, 3), dtype=torch.float64)
+        self._unfinished: dict[int, Tensor] = {}  # parameters that are being evaluated, by the rounds before them
         self._running: asyncio.Task[None] | None = None
         self.best: tuple[float, int, Tensor] | None = None  # accuracy, round, parameters
         if resumed is not None:
             self._restore(resumed)
 
     def extra(self) -> Extra:
-        """What a checkpoint keeps of it. An evaluation that is still running is not there yet."""
+        """What a checkpoint keeps of it: the scores, the best parameters, and those that are being evaluated just now."""
+        best = {} if self.best is None else {"best": self.best[2]}
         return Extra(
-            tensors={} if self.best is None else {"best": self.best[2]},
-            facts={
-                "evaluations": [[after, e.accuracy, _finite(e.loss)] for after, e in sorted(self._evaluations.items())],
-                "best": None if self.best is None else [self.best[0], self.best[1]],
-            },
+            tensors=best
+            | {f"{_EVALUATING}{after}": parameters_D for after, parameters_D in self._unfinished.items()}
+            | {"evaluations": self._table_E3},
+            facts={"best": None if self.best is None else [self.best[0], self.best[1]]},
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        for after, accuracy, loss in checkpoint.facts["evaluations"]:
-            self._evaluations[after] = Evaluation(accuracy, math.nan if loss is None else loss)
+        self._table_E3 = checkpoint.tensors["evaluations"]
+        for after, accuracy, loss in self._table_E3.tolist():
+            self._evaluations[int(after)] = Evaluation(accuracy, loss)
         if checkpoint.facts["best"] is not None:
             accuracy, after = checkpoint.facts["best"]
             self.best = (accuracy, after, checkpoint.tensors["best"])
+        for name, tensor in checkpoint.tensors.items():
+            if name.startswith(_EVALUATING):
+                self._unfinished[int(name.removeprefix(_EVALUATING))] = tensor
+        # A checkpoint is older than the evaluation of its own parameters.
+        done = checkpoint.rounds
+        if done and self.due(done) and done not in self._evaluations:
+            self._unfinished[done] = checkpoint.tensors["parameters"]
 
     def start(self, executor: Executor) -> None:
-        """The first round is about to open."""
+        """The first round is about to open; what a kill interrupted is evaluated beside it."""
         self._executor = executor
+        if self._unfinished:
+            self._running = asyncio.create_task(self._evaluate_unfinished())
         self._progress_at, self._progress_round = time.monotonic(), 0
         if self._evaluator is None:
             log.warning("no [evaluate] section: this run reports no accuracy", run=self._config.name)
@@ -86,6 +106,7 @@ class Scoreboard:
 
     async def evaluate_beside(self, after: int, parameters_D: Tensor) -> None:
         """Start evaluating `parameters_D`, which nobody may change; waits only while an earlier evaluation is still running."""
+        self._unfinished[after] = parameters_D
         if self._running is not None:
             await self._running
         self._running = asyncio.create_task(self._evaluate(after, parameters_D))
@@ -97,6 +118,10 @@ class Scoreboard:
         if after not in self._evaluations:
             await self._evaluate(after, parameters_D)
 
+    async def _evaluate_unfinished(self) -> None:
+        for after, parameters_D in sorted(self._unfinished.items()):
+            await self._evaluate(after, parameters_D)
+
     async def _evaluate(self, after: int, parameters_D: Tensor) -> None:
         if self._evaluator is None:
             return
@@ -104,6 +129,8 @@ class Scoreboard:
         loop = asyncio.get_running_loop()
         evaluation = await loop.run_in_executor(self._executor, self._evaluator, parameters_D)
         self._evaluations[after] = evaluation
+        self._table_E3 = torch.cat([self._table_E3, torch.tensor([[after, *evaluation]], dtype=torch.float64)])
+        self._unfinished.pop(after, None)
         if self.best is None or evaluation.accuracy > self.best[0]:
             self.best = (evaluation.accuracy, after, parameters_D)
         self._watch.evaluated(evaluation.accuracy, evaluation.loss, time.perf_counter() - begun)

@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from narses import flat, rules
-from narses.errors import CheckpointError, ConfigError, InputError
+from narses.errors import CheckpointError, InputError
 from narses.rpc.convert import table_to_wire
-from narses.rules import Context
+from narses.rules import Aggregation, Context, Property
 from narses.task import Task
 from narses.updates import Updates
-from narses_server.checkpoint import Checkpoint, Checkpoints, config_hash
+from narses_server.checkpoint import DTYPES, Checkpoint, Checkpoints, config_hash
 from narses_server.config import CheckpointConfig, RunConfig
-from narses_server.model import Optimizer, norm_if_finite, payload
+from narses_server.milestones import Milestones, start_of
+from narses_server.model import Optimizer, norm_if_finite, payload, subtract
 from narses_server.published import Published
 from narses_server.watch import Watch
+
+_RULE = "rule."  # what the names of the rule's tensors begin with in a checkpoint
 
 
 class Closed(NamedTuple):
@@ -61,26 +64,35 @@ class State:
         self.parameters_D = flat.flatten(module).contiguous()
         self.rule = config.round.built_rule
         self.rule_table = table_to_wire(rules.rule_table(self.rule))
+        # Parameters are aggregated as they are by rules that move with them, else as their differences to the round's.
+        moves = Property.TRANSLATION in getattr(self.rule, "properties", ())
+        self._differences = config.task.update == "parameters" and not moves
         self.durable_round: int | None = None
         self.resumed: Checkpoint | None = None
         self._optimizer = Optimizer(config.optimizer, len(self.parameters_D))
-        self._rule_state: object | None = None
+        self._rule_state: dict[str, Tensor] | None = None
         self._watch = watch
         self._checkpoints: Checkpoints | None = None
         if checkpoint is not None and output is not None:
             self._every = checkpoint.every
             folder = output / config.name / "checkpoints"
-            self._checkpoints = Checkpoints(folder, config_hash(config.model_dump(mode="json")), checkpoint.keep)
+            self._checkpoints = Checkpoints(folder, lineage(config), checkpoint.keep)
             self.resumed = self._checkpoints.newest()
+        self._milestones = None if output is None else Milestones(config, output)
         self.run_id = secrets.token_bytes(16)
         if self.resumed is not None:
             self._restore(self.resumed)
+            self.run_id = bytes.fromhex(self.resumed.facts["run_id"])
+            self.durable_round = self.resumed.rounds - 1 if self.resumed.rounds else None
+        elif config.start is not None and output is not None:
+            self.resumed = start_of(config, output)
+            self._restore(self.resumed)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.run_id = bytes.fromhex(checkpoint.facts["run_id"])
-        self.durable_round = checkpoint.rounds - 1 if checkpoint.rounds else None
         self.parameters_D = checkpoint.tensors["parameters"]
         self._optimizer.restore(checkpoint.tensors)
+        kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(_RULE)}
+        self._rule_state = {name.removeprefix(_RULE): tensor for name, tensor in kept.items()} or None
 
     def learning_rate(self, round_: int) -> float:
         """eta(round_)."""
@@ -96,6 +108,8 @@ class State:
         """Aggregate the updates of workers `rows` (rows of the matrix), step, encode, make it durable if that is due."""
         clock = [time.perf_counter()]
         every = None if len(rows) == len(matrix_ND) else list(rows)
+        if self._differences:
+            subtract(matrix_ND, rows, self.parameters_D)
         updates = Updates.of(torch.from_numpy(matrix_ND), rows=every, finite=True)
         context = Context(
             round=index,
@@ -105,15 +119,20 @@ class State:
             trusted=None,
         )
         aggregation = self.rule(updates, f, context)
-        self._rule_state = aggregation.state
+        self._rule_state = _kept(aggregation, self.rule_table)
         selected = None if aggregation.selected is None else tuple(rows[i] for i in aggregation.selected.tolist())
-        norm = norm_if_finite(aggregation.vector_D)
+        vector_D = aggregation.vector_D
+        parameters = task.update == "parameters"
+        norm = norm_if_finite(vector_D, minus_D=self.parameters_D if parameters and not self._differences else None)
         if norm is None:
             raise InputError(
                 f"rule {self.rule_table} returned NaN or infinity for finite updates: the rule is at fault"
             )
         clock.append(time.perf_counter())
-        newer_D = self._optimizer.step(self.parameters_D, aggregation.vector_D, index)
+        if not parameters:
+            newer_D = self._optimizer.step(self.parameters_D, vector_D, index)
+        else:
+            newer_D = vector_D.add_(self.parameters_D) if self._differences else vector_D
         finite = norm_if_finite(newer_D) is not None
         if finite:
             self.parameters_D = newer_D
@@ -121,8 +140,13 @@ class State:
         published = self.encode(task, index + 1) if finite else None
         clock.append(time.perf_counter())
         # Before the parameters are first sent: from then on the round is acknowledged.
-        if finite and self._due(index + 1, task.rounds):
-            self.save(index + 1, extra)
+        if finite:
+            line = {"round": index, "participants": len(rows), "selected": selected, "aggregate_norm": norm}
+            extra = extra._replace(facts=extra.facts | {"line": line})
+            if self._milestones is not None and self._milestones.due(index + 1):
+                self._milestones.save(index + 1, *self._content(extra))
+            if self._due(index + 1, task.rounds):
+                self.save(index + 1, extra)
         clock.append(time.perf_counter())
         phases = ("aggregate", "apply", "publish", "checkpoint")
         seconds = {phase: b - a for phase, a, b in zip(phases, clock, clock[1:], strict=False)}
@@ -135,17 +159,47 @@ class State:
         """Make the state after `rounds` rounds durable, where checkpoints are kept; CheckpointError if the disk refuses."""
         if self._checkpoints is None or self.durable_round == rounds - 1:
             return
-        if self._rule_state is not None:
-            raise ConfigError(
-                f"rule {self.rule_table} keeps a state from round to round, which checkpoints of this version do not hold; "
-                f"remove [checkpoint] or choose a rule without one"
-            )
         begun = time.perf_counter()
-        tensors: Mapping[str, Tensor] = {"parameters": self.parameters_D, **self._optimizer.tensors(), **extra.tensors}
         try:
-            size = self._checkpoints.save(rounds, tensors, {"run_id": self.run_id.hex(), **extra.facts})
+            size = self._checkpoints.save(rounds, *self._content(extra))
         except CheckpointError:
             self._watch.checkpoint_failed()
             raise
         self.durable_round = rounds - 1
         self._watch.checkpointed(rounds, size, time.perf_counter() - begun)
+
+    def _content(self, extra: Extra) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and facts of a checkpoint."""
+        of_rule = {_RULE + name: tensor for name, tensor in (self._rule_state or {}).items()}
+        tensors = {"parameters": self.parameters_D, **self._optimizer.tensors(), **of_rule, **extra.tensors}
+        return tensors, {"run_id": self.run_id.hex(), **extra.facts}
+
+
+def lineage(config: RunConfig) -> str:
+    """The hash that ties checkpoints to the run: where it started, and what it leaves for others, make no other run."""
+    return config_hash(config.model_dump(mode="json", exclude={"milestones", "start"}))
+
+
+def _kept(aggregation: Aggregation, rule: str) -> dict[str, Tensor] | None:
+    """The rule's state, apart from its result, whose memory becomes the step's; InputError if a checkpoint cannot hold it."""
+    state: object = aggregation.state
+    if state is None:
+        return None
+    if not isinstance(state, Mapping):
+        raise InputError(
+            f"rule {rule} returned a {type(state).__name__} as its state: expected a mapping of names to tensors"
+        )
+    result = aggregation.vector_D.untyped_storage().data_ptr()
+    kept = {}
+    for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and _can_be_kept(tensor)):
+            what = f"{tensor.dtype} {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(
+                f"rule {rule} returned {name!r}: {what} in its state: expected names with dense tensors of the common types"
+            )
+        kept[name] = tensor.clone() if tensor.untyped_storage().data_ptr() == result else tensor
+    return kept or None
+
+
+def _can_be_kept(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.dtype in DTYPES

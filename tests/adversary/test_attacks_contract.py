@@ -70,19 +70,22 @@ CASES: dict[str, list[Case]] = {
         Case({"z": -0.3, "sign": 1}, ROWS | {"n", "kind"}, _alie(z=-0.3, sign=1)),
     ],
     "gaussian": [
-        Case({}, {"updates_HD", "members", "generator"}),
+        Case({}, {"updates_HD", "members", "generator", "kind"}),
         Case(
             {"std": 0.0},
-            {"updates_HD", "members", "generator"},
+            {"updates_HD", "members", "generator", "kind"},
             lambda x, view: np.zeros((len(view.members), x.shape[1])),
         ),
     ],
     "ipm": [
-        Case({"epsilon": 0.1}, ROWS, _ipm(0.1)),
-        Case({"epsilon": 0}, ROWS, _ipm(0.0)),
-        Case({"epsilon": -10.0}, ROWS, _ipm(-10.0)),
+        Case({"epsilon": 0.1}, ROWS | {"kind"}, _ipm(0.1)),
+        Case({"epsilon": 0}, ROWS | {"kind"}, _ipm(0.0)),
+        Case({"epsilon": -10.0}, ROWS | {"kind"}, _ipm(-10.0)),
     ],
-    "sign-flip": [Case({}, ROWS, _sign_flip(1.0)), Case({"scale": 100.0}, ROWS, _sign_flip(100.0))],
+    "sign-flip": [
+        Case({}, ROWS | {"kind"}, _sign_flip(1.0)),
+        Case({"scale": 100.0}, ROWS | {"kind"}, _sign_flip(100.0)),
+    ],
 }
 DATA_CASES: dict[str, list[dict[str, Any]]] = {"label-flip": [{}, {"classes": 10}]}
 
@@ -118,6 +121,20 @@ def usual_view(dtype: torch.dtype = torch.float64, device: str = "cpu", **change
     x_HD = torch.randn(11, 17, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device, dtype)
     members = changes.pop("members", (7, 4, 21, 0, 30))
     return make_view(x_HD, (9, 4, 30, 12, 0, 7, 25, 3, 18, 21, 6), members, **changes)
+
+
+@EACH
+def test_on_parameters_it_is_the_attack_on_gradients(name: str, case: Case) -> None:
+    """With p = P - eta g, what it sends is P - eta times what it sends among gradients (noise aside, which has no eta)."""
+    eta, view = 0.1, usual_view()
+    start_D = torch.linspace(-2, 2, 17, dtype=torch.float64)
+    on_gradients = attacks.make({"name": name, **case.fields})(view, 5)
+    stepped = usual_view(kind="parameters", parameters_D=start_D)
+    object.__setattr__(stepped, "updates_HD", start_D - eta * view.updates_HD)
+    on_parameters = attacks.make({"name": name, **case.fields})(stepped, 5)
+
+    scale = 1.0 if name == "gaussian" else -eta
+    torch.testing.assert_close(on_parameters, start_D + scale * on_gradients, rtol=1e-10, atol=1e-10)
 
 
 class Spy:

@@ -138,14 +138,15 @@ def test_a_round_is_crafted_once_even_from_other_rows_and_from_two_threads() -> 
 def test_randomness_is_a_function_of_seed_run_and_round() -> None:
     noise = {"name": "gaussian"}
 
-    def row(round_: int, seed: int = 9, run: str = "test") -> Row:
-        attack = Crafter(small_task(run_name=run), Plan.of(noise), seed)
+    def row(round_: int, seed: int = 9, run: str = "test", task_seed: int = 1) -> Row:
+        attack = Crafter(small_task(run_name=run, seed=task_seed), Plan.of(noise), seed)
         forged = attack.craft(round_header(round_), PARAMETERS, seen(0, 1), (0,))
         assert forged is not None
         return forged.rows[0]
 
     np.testing.assert_array_equal(row(1), row(1))
-    for other in (row(2), row(1, seed=8), row(1, run="other")):
+    np.testing.assert_array_equal(row(1), row(1, run="another name for the same"))
+    for other in (row(2), row(1, seed=8), row(1, task_seed=2)):
         assert not np.array_equal(other, row(1))
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from narses.observe.metrics import Metrics
 from narses.rpc.v1 import parameter_server_pb2 as pb
+from narses.seeding import derive
 from narses_adversary.config import AdversaryConfig
 from narses_adversary.craft import Row
 from narses_adversary.plan import Plan
@@ -105,7 +106,7 @@ async def test_random_members_differ_over_rounds_as_the_plan_says(executor: Exec
         rows = await produced(liar, round_)
         honest_KD = honest_rows(TASK, WORKERS, round_, PARAMETERS)
         liars = tuple(w for w, row_D in zip(WORKERS, honest_KD, strict=True) if not np.array_equal(rows[w], row_D))
-        assert liars == Plan.of(attack).members_of(round_, WORKERS, 3, seed=4)
+        assert liars == Plan.of(attack).members_of(round_, WORKERS, 3, derive(4, "run", TASK.seed))
         drawn.add(liars)
     assert len(drawn) > 1
 
@@ -115,7 +116,7 @@ async def test_label_flip_poisons_the_members_batches_only(executor: Executor, m
     for round_ in range(4):
         rows = await produced(liar, round_)
         (member,) = Plan.of({"name": "label-flip", "f_real": 1, "members": "random-per-round"}).members_of(
-            round_, WORKERS, 3, seed=4
+            round_, WORKERS, 3, derive(4, "run", TASK.seed)
         )
         for worker, honest_D in zip(WORKERS, honest_rows(TASK, WORKERS, round_, PARAMETERS), strict=True):
             assert np.array_equal(rows[worker], honest_D) == (worker != member)

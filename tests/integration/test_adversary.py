@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from narses.seeding import derive
 from narses_adversary.plan import Plan
 from tests.adversary.rig import RULE, corrupt, honest_rows, man_in_the_middle, remembered
 from tests.cluster import cluster, undisturbed
@@ -83,7 +84,7 @@ async def test_members_drawn_per_round_differ_and_others_stay_honest(name: str) 
             for index, (parameters_D, got_ND) in rounds.items():
                 honest_ND = honest_rows(task, range(6), index, parameters_D)
                 liars = tuple(i for i in range(6) if not np.array_equal(got_ND[i], honest_ND[i]))
-                assert liars == Plan.of(attack).members_of(index, LIARS, 3, seed=2)
+                assert liars == Plan.of(attack).members_of(index, LIARS, 3, derive(2, "run", 1))
                 if name == "sign-flip":
                     np.testing.assert_array_equal(got_ND[liars[0]], -honest_ND[liars[0]])
                 drawn.add(liars)

@@ -13,6 +13,7 @@ from narses.rpc.codec import chunk_frame
 from narses.rpc.convert import task_to_wire
 from narses.rpc.status import ALREADY_EXISTS, PERMISSION_DENIED, REASON_KEY, TOKEN_KEY
 from narses.rpc.v1 import parameter_server_pb2 as pb
+from narses.seeding import derive
 from narses_adversary.plan import Plan
 from tests.adversary.rig import (
     IPM,
@@ -75,7 +76,7 @@ async def test_where_all_pass_the_proxy_knows_all_and_rewrites_only_its_own() ->
             attackers = set()
             for index, (parameters_D, got_ND) in rounds.items():
                 honest_ND = honest_rows(task, range(6), index, parameters_D)
-                members = list(plan.members_of(index, [1, 2, 3, 4], 2, seed=3))
+                members = list(plan.members_of(index, [1, 2, 3, 4], 2, derive(3, "run", task.seed)))
                 changed = [i for i in range(6) if not np.array_equal(got_ND[i], honest_ND[i])]
                 assert changed == members
                 expected_D = forged_ipm(honest_ND, list(range(6)), members)

@@ -43,8 +43,11 @@ async def _run(config: WorkerConfig) -> None:
 def honest(config: WorkerConfig, surroundings: Surroundings) -> Daemon:
     """The daemon of an honest cohort."""
 
+    last: Cohort | None = None
+
     def make(task: Task) -> Cohort:
-        return Cohort(
+        nonlocal last
+        last = Cohort(
             task,
             config.workers,
             daemon.executor,
@@ -52,7 +55,10 @@ def honest(config: WorkerConfig, surroundings: Surroundings) -> Daemon:
             data_dir=config.data_dir,
             metrics=surroundings.metrics,
             allow=config.allow,
+            state_dir=config.state_dir,
+            before=last,
         )
+        return last
 
     daemon = Daemon(config, config.workers, make, surroundings)
     return daemon

@@ -66,6 +66,8 @@ class WorkerConfig(ClientConfig):
     """Where gradients are computed."""
     data_dir: Path | None = None
     """Where data sets lie; absent: NARSES_DATA_DIR, else ~/.cache/narses/data."""
+    state_dir: Path | None = None
+    """Folder of this daemon where workers with momentum keep it; absent: in memory, and a restart begins at zero."""
     allow: tuple[str, ...] = ()
     """Import strings "module:Class" that a server may name as model, data set or partition; all others are refused."""
     threads: PositiveInt = 1
@@ -84,7 +86,7 @@ class WorkerConfig(ClientConfig):
                 raise ValueError(f'{entry!r}: expected import strings such as "my_package.models:MyModel"')
         return tuple(value) if isinstance(value, list) else value
 
-    @field_validator("data_dir", mode="before")
+    @field_validator("data_dir", "state_dir", mode="before")
     @classmethod
     def _path(cls, value: Any) -> Any:
         return Path(value) if isinstance(value, str) else value

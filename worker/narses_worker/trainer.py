@@ -17,7 +17,7 @@ from torch import Tensor
 from narses import datasets, flat, models, partition
 from narses.errors import ConfigError, InputError
 from narses.models.compute import choose_device, one_thread, trial
-from narses.seeding import derive, generator
+from narses.seeding import derive
 from narses.task import Task
 from narses_worker.gradients import gradient_of
 
@@ -28,7 +28,7 @@ ALIGNMENT = 64  # bytes: of torch's own tensors and of the matrix's padded rows
 
 
 class Step(NamedTuple):
-    """What one update was: the batch's mean loss, the update's Euclidean norm, the batch's size."""
+    """What one update was: its batches' mean loss, the Euclidean norm of g (or of p - P), the samples it was made from."""
 
     loss: float
     gradient_norm: float
@@ -38,9 +38,9 @@ class Step(NamedTuple):
 class Trainer:
     """Computes the updates of `workers`, one at a time, on one thread; call it from one thread at a time.
 
-    On the CPU the bits of an update depend on (parameters, task.seed, worker, round) and nothing else: not on the other
-    workers, on earlier calls, on the number of cores or on where the vectors lie in memory. Dropout masks too are a function
-    of (task.seed, worker, round), and BatchNorm takes the batch's own statistics. On CUDA: close, not equal.
+    On the CPU the bits of an update depend on (parameters, momentum, task.seed, worker, round) and nothing else: not on the
+    other workers, on earlier calls, on the number of cores or on where the vectors lie in memory. Dropout masks too are a
+    function of (task.seed, worker, round), and BatchNorm takes the batch's own statistics. On CUDA: close, not equal.
     `poison`, if any, is applied to every batch; it may be replaced between updates.
     """
 
@@ -58,7 +58,8 @@ class Trainer:
 
         allow: the import strings that the task, which came over the wire, may name.
         ConfigError: an unknown name, an import string that is not allowed, a worker the task does not have, an absent
-        device, or a model that is not the server's. DataError: the data set is not on this machine.
+        device, a whole shard where workers have none, or a model that is not the server's. DataError: the data set is not
+        on this machine.
         """
         self.task = task
         self.workers = tuple(workers)
@@ -68,6 +69,7 @@ class Trainer:
         self._shares = partition.make(task.partition, allow=allow).divide(task.seed, task.n, self._data.train_labels)
         for worker in self.workers:
             self._indices(worker, 0)
+            self._steps(worker)
         module = models.make(task.model, allow=allow).build(self._data.shape, self._data.classes, task.seed)
         if flat.count(module) != task.dimension or flat.layout_hash(module) != task.layout:
             raise ConfigError(
@@ -79,36 +81,92 @@ class Trainer:
             self._draws = trial(module, self._data.train_inputs[:2].to(self.device), self._data.classes)
         self._parameters_D = torch.empty(task.dimension)
         self._row_D = torch.empty(task.dimension)
+        self._scratch_D = torch.empty(task.dimension)
 
-    def update(self, worker: int, round_: int, parameters_D: Vector, out_D: Vector) -> Step:
-        """Write the gradient of the mean loss of `worker`'s batch of round `round_` into `out_D`.
+    def update(
+        self, worker: int, round_: int, parameters_D: Vector, out_D: Vector, velocity_D: Vector | None = None
+    ) -> Step:
+        """Write the update of `worker` for round `round_`, as Task.update defines it, into `out_D`.
 
-        parameters_D, out_D: (D,) float32, CPU tensors or numpy arrays; the former is only read.
+        parameters_D, out_D: (D,) float32, CPU tensors or numpy arrays; the former is only read. velocity_D: likewise, the
+        worker's momentum before this round, replaced by that after it; there exactly where task.local_momentum is.
         InputError: another shape or dtype, or a poisoned batch that is no batch of this data set. ConfigError: a worker
         that is not one of this trainer's.
         """
         if worker not in self.workers:
             raise ConfigError(f"worker {worker}: this trainer has the workers {', '.join(map(str, self.workers))}")
+        if (velocity_D is not None) != bool(self.task.local_momentum):
+            raise InputError(
+                f"velocity_D is {'absent' if velocity_D is None else 'there'} with local_momentum = "
+                f"{self.task.local_momentum}: it belongs to every update with momentum, and to no other"
+            )
         out = self._checked("out_D", out_D)
+        velocity = None if velocity_D is None else self._checked("velocity_D", velocity_D)
         # Matrix kernels start differently, and so round differently, with the alignment of their operands.
         row_D = out if _aligned(out) else self._row_D
         with one_thread():
-            inputs, labels_B = self.batch(worker, round_)
-            seed = derive(self.task.seed, "model", worker, round_) if self._draws else None
-            loss = self._gradient(self._aligned_parameters(parameters_D), inputs, labels_B, row_D, seed)
-            norm = torch.linalg.vector_norm(row_D).item()
+            start_D = self._aligned_parameters(parameters_D)
+            make = self._descend if self.task.update == "parameters" else self._differentiate
+            step = make(worker, round_, start_D, row_D, velocity)
         if row_D is not out:
             out.copy_(row_D)
-        return Step(loss, norm, len(labels_B))
+        return step
 
-    def batch(self, worker: int, round_: int) -> tuple[Tensor, Tensor]:
-        """The batch of (worker, round), poisoned if this trainer poisons: fresh inputs (B, *shape) and labels (B,)."""
-        indices_B = self._indices(worker, round_)
+    def _differentiate(
+        self, worker: int, round_: int, start_D: Tensor, row_D: Tensor, velocity_D: Tensor | None
+    ) -> Step:
+        """row_D = g, or with momentum m <- momentum m + g."""
+        loss, samples = self._mean_gradient(worker, round_, 0, start_D, row_D)
+        norm = torch.linalg.vector_norm(row_D).item()
+        if velocity_D is not None:
+            row_D.copy_(velocity_D.mul_(self.task.local_momentum).add_(row_D))
+        return Step(loss, norm, samples)
+
+    def _descend(self, worker: int, round_: int, start_D: Tensor, row_D: Tensor, velocity_D: Tensor | None) -> Step:
+        """row_D = p after v <- momentum v - eta (g + l2 p); p <- p + v, local_steps times from p = start_D."""
+        step_D, steps, rate = self._scratch_D, self._steps(worker), self.task.learning_rate.at(round_)
+        row_D.copy_(start_D)
+        losses, samples = 0.0, 0
+        for k in range(steps):
+            loss, size = self._mean_gradient(worker, round_, k, row_D, step_D)
+            losses, samples = losses + loss, samples + size
+            step_D.mul_(-rate)
+            if velocity_D is not None:
+                step_D.copy_(velocity_D.mul_(self.task.local_momentum).add_(step_D))
+            row_D.add_(step_D)
+        return Step(losses / steps, torch.linalg.vector_norm(row_D - start_D).item(), samples)
+
+    def _mean_gradient(
+        self, worker: int, round_: int, k: int, parameters_D: Tensor, out_D: Tensor
+    ) -> tuple[float, int]:
+        """The gradient at `parameters_D` of the mean loss of the round's batch number k, with L2: (mean loss, samples)."""
+        inputs, labels_B = self.batch(worker, round_, k)
+        size = len(labels_B)
+        pieces = range(0, size, self.task.micro_batch or size)
+        mean = 0.0
+        for number, at in enumerate(pieces):
+            part = slice(at, at + pieces.step)
+            target_D = torch.empty_like(out_D) if number else out_D
+            seed = self._seed("model", worker, round_, k, number) if self._draws else None
+            loss = self._gradient(parameters_D, inputs[part], labels_B[part], target_D, seed)
+            if len(pieces) > 1:
+                weight = len(labels_B[part]) / size
+                loss *= weight
+                out_D.mul_(weight) if not number else out_D.add_(target_D, alpha=weight)
+            mean += loss
+        if self.task.local_l2:
+            out_D.add_(parameters_D, alpha=self.task.local_l2)
+        return mean, size
+
+    def batch(self, worker: int, round_: int, k: int = 0) -> tuple[Tensor, Tensor]:
+        """Batch number k of (worker, round), poisoned if this trainer poisons: fresh inputs (B, *shape), labels (B,)."""
+        indices_B = self._indices(worker, round_ * self._steps(worker) + k)
         inputs = self._data.train_inputs.index_select(0, indices_B)
         labels_B = self._data.train_labels.index_select(0, indices_B)
         if self.poison is None:
             return inputs, labels_B
-        inputs, labels_B = self.poison(inputs, labels_B, generator(self.task.seed, "poison", worker, round_))
+        draws = torch.Generator().manual_seed(self._seed("poison", worker, round_, k))
+        inputs, labels_B = self.poison(inputs, labels_B, draws)
         expected = ((len(labels_B), *self._data.shape), (len(labels_B),), torch.float32, torch.int64)
         if len(labels_B) == 0 or (inputs.shape, labels_B.shape, inputs.dtype, labels_B.dtype) != expected:
             raise InputError(
@@ -117,8 +175,31 @@ class Trainer:
             )
         return inputs.contiguous(), labels_B
 
-    def _indices(self, worker: int, round_: int) -> Tensor:
-        return self._shares.batch(worker, round_, self.task.batch)
+    def _indices(self, worker: int, step: int) -> Tensor:
+        size = self.task.batch
+        return self._shares.batch(worker, step, self._share(worker) if size == "shard" else size)
+
+    def _steps(self, worker: int) -> int:
+        """Local steps of `worker` in each round."""
+        steps, batch = self.task.local_steps, self.task.batch
+        if steps != "pass":
+            return steps
+        share = self._share(worker)
+        return 1 if batch == "shard" else -(-share // batch)
+
+    def _share(self, worker: int) -> int:
+        """Samples of the worker's own; ConfigError where the partition knows none."""
+        share: Callable[[int], int] | None = getattr(self._shares, "share", None)
+        if share is None:
+            raise ConfigError(
+                f"partition {self.task.partition}: its division has no share(worker), so there is no whole shard and no pass "
+                f"over it; take a number for batch and local_steps"
+            )
+        return share(worker)
+
+    def _seed(self, what: str, worker: int, round_: int, *more: int) -> int:
+        """Of a stream of (worker, round); the first batch's first piece has no further keys."""
+        return derive(self.task.seed, what, worker, round_, *(more if any(more) else ()))
 
     def _aligned_parameters(self, parameters_D: Vector) -> Tensor:
         if isinstance(parameters_D, np.ndarray) and not parameters_D.flags.writeable:

@@ -24,6 +24,8 @@ class Gaussian:
     Needs no seen update. Cost O(count D). The draws depend on the view's generator alone: the same state gives the same
     noise for every dtype and device of the rows, and row i does not depend on how many follow it.
 
+    Of parameters the noise is added to the round's.
+
     Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent" (2017), experiments.
     """
 
@@ -32,11 +34,11 @@ class Gaussian:
     def __call__(self, view: View, count: int) -> Tensor:
         """(count, D), rows independent."""
         rows.check(view, count)
-        x_HD, generator = view.updates_HD, view.generator
+        x_HD, generator, origin = view.updates_HD, view.generator, rows.origin(view)
         noise = torch.empty(count, x_HD.shape[1], dtype=x_HD.dtype, device=x_HD.device)
         for noise_D in noise:
             draw_D = torch.randn(len(noise_D), generator=generator, device=generator.device)
-            noise_D.copy_(rows.finite(self.std * draw_D.double(), like=x_HD))
+            noise_D.copy_(rows.finite(origin + self.std * draw_D.double(), like=x_HD))
         return noise
 
     def strength(self, n: int | None, m: int | None) -> float:

@@ -26,7 +26,7 @@ class Ipm:
     epsilon: > 0 opposes the mean (large values break the median, small ones Krum), 0 sends zeros, < 0 pushes along.
 
     Xie, Koyejo, Gupta, "Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation" (2019),
-    sections 6.2 and 6.3. Meant for gradients, as in the paper: on a view of parameters it negates the parameters.
+    sections 6.2 and 6.3. The paper has gradients; of parameters the way from the round's parameters is multiplied.
     """
 
     epsilon: FiniteFloat
@@ -35,7 +35,8 @@ class Ipm:
         """(count, D), all rows equal. InputError where no update was seen."""
         rows.check(view, count)
         mean_D = rows.mean(view.updates_HD, rows.remaining(view))
-        return rows.repeated(-self.epsilon * mean_D, count, like=view.updates_HD)
+        origin = rows.origin(view)
+        return rows.repeated(origin - self.epsilon * (mean_D - origin), count, like=view.updates_HD)
 
     def strength(self, n: int | None, m: int | None) -> float:
         """epsilon, with its sign."""

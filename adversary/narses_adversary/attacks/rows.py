@@ -60,6 +60,11 @@ def mean_std(x_HD: Tensor, rows: list[int], ddof: int) -> tuple[Tensor, Tensor]:
     return mean_D, std_D
 
 
+def origin(view: View) -> Tensor | float:
+    """The update that would change nothing, float64: 0 among gradients, the round's parameters (D,) among parameters."""
+    return 0.0 if view.kind == "gradient" else view.parameters_D.to(view.updates_HD.device, torch.float64)
+
+
 def repeated(row_D: Tensor, count: int, like: Tensor) -> Tensor:
     """`count` copies of a float64 row, (count, D), fresh memory, finite in the dtype of `like`."""
     return finite(row_D, like).repeat(count, 1)

@@ -27,7 +27,8 @@ class SignFlip:
     scale: 1 is the plain flip, larger values the opposite gradient scaled up.
 
     A folklore baseline that knows nothing but the members' own updates. The omniscient attack of Blanchard et al.,
-    "Machine Learning with Adversaries" (2017), scales the opposite of the true gradient instead. Meant for gradients.
+    "Machine Learning with Adversaries" (2017), scales the opposite of the true gradient instead. Of parameters the
+    way from the round's parameters is flipped.
     """
 
     scale: FiniteFloat = 1.0
@@ -40,13 +41,13 @@ class SignFlip:
         own = [row_of.get(worker) for worker in members] + [None] * (count - len(members))
         view.memory["estimate"] = None in own
 
-        x_HD = view.updates_HD
+        x_HD, origin = view.updates_HD, rows.origin(view)
         flipped = torch.empty(count, x_HD.shape[1], dtype=x_HD.dtype, device=x_HD.device)
         mean_D = rows.mean(x_HD, rows.in_worker_order(view)) if None in own else None
         for i, row in enumerate(own):
             x_D = mean_D if row is None else x_HD[row].double()
             assert x_D is not None
-            flipped[i] = rows.finite(-self.scale * x_D, like=x_HD)
+            flipped[i] = rows.finite(origin - self.scale * (x_D - origin), like=x_HD)
         return flipped
 
     def strength(self, n: int | None, m: int | None) -> float:

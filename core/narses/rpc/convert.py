@@ -10,7 +10,7 @@ from narses.errors import ConfigError
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses.task import LearningRate, Task
 
-_UPDATES = {"gradient": pb.UPDATE_KIND_GRADIENT}
+_UPDATES = {"gradient": pb.UPDATE_KIND_GRADIENT, "parameters": pb.UPDATE_KIND_PARAMETERS}
 _DTYPES = {"float32": pb.DATA_TYPE_FLOAT32}
 _DIGESTS = {"blake3": pb.DIGEST_ALGORITHM_BLAKE3, "sha256": pb.DIGEST_ALGORITHM_SHA256}
 
@@ -46,7 +46,7 @@ def task_to_wire(task: Task) -> pb.Task:
         model=table_to_wire(task.model),
         dataset=table_to_wire(task.dataset),
         partition=table_to_wire(task.partition),
-        batch=task.batch,
+        batch=0 if task.batch == "shard" else task.batch,
         update=_UPDATES[task.update],
         seed=task.seed,
         learning_rate=task.learning_rate.initial,
@@ -56,6 +56,10 @@ def task_to_wire(task: Task) -> pb.Task:
         chunk_bytes=task.chunk_bytes,
         dtype=_DTYPES[task.dtype],
         digest=_DIGESTS[task.digest],
+        local_steps=0 if task.local_steps == "pass" else task.local_steps,
+        local_momentum=task.local_momentum,
+        local_l2=task.local_l2,
+        micro_batch=task.micro_batch or 0,
     )
 
 
@@ -70,7 +74,7 @@ def task_from_wire(message: pb.Task) -> Task:
             "model": table_from_wire(message.model, "model"),
             "dataset": table_from_wire(message.dataset, "data set"),
             "partition": table_from_wire(message.partition, "partition"),
-            "batch": message.batch,
+            "batch": message.batch or "shard",
             "update": _named(_UPDATES, message.update, "update kind"),
             "seed": message.seed,
             "learning_rate": LearningRate.of(
@@ -81,6 +85,10 @@ def task_from_wire(message: pb.Task) -> Task:
             "chunk_bytes": message.chunk_bytes,
             "dtype": _named(_DTYPES, message.dtype, "data type"),
             "digest": _named(_DIGESTS, message.digest, "digest algorithm"),
+            "local_steps": message.local_steps or "pass",
+            "local_momentum": message.local_momentum,
+            "local_l2": message.local_l2,
+            "micro_batch": message.micro_batch or None,
         },
         source="task from the peer",
     )

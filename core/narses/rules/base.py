@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
@@ -16,12 +17,17 @@ from narses.updates import Updates
 
 
 class Aggregation(NamedTuple):
-    """What a rule returns."""
+    """What a rule returns.
+
+    `state` is dense tensors of any length and of the common types, everything that the rule must know of the rounds so far;
+    an empty one is the same as None. The server keeps it apart from `vector_D`, steps with that, and saves the state where
+    it makes rounds durable, so that a run which was killed goes on with the same bits.
+    """
 
     vector_D: Tensor
     selected: Tensor | None = None  # rows used whole, ascending (CPU, int64); None where every row has a say
     scores: Tensor | None = None  # the rule's own score per row (CPU, float64) where it has one; the smallest wins
-    state: object | None = None  # of the few stateful rules: handed back next round, saved in the checkpoint
+    state: Mapping[str, Tensor] | None = None  # of the few stateful rules, named: handed back next round, checkpointed
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Context:
     round: int
     parameters_D: Tensor | None = None
     learning_rate: float | None = None
-    state: object | None = None
+    state: Mapping[str, Tensor] | None = None  # what the rule's last call returned; after a resume it is on the CPU
     trusted: object | None = None  # the server's own data, for rules that score updates on it
 
 

@@ -24,49 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$narses/rpc/v1/parameter_server.proto\x12\rnarses.rpc.v1\"0\n\x0bJoinRequest\x12\x0f\n\x07workers\x18\x01 \x03(\r\x12\x10\n\x08software\x18\x02 \x01(\t\"x\n\x0cJoinResponse\x12#\n\x04task\x18\x01 \x01(\x0b\x32\x13.narses.rpc.v1.TaskH\x00\x12\'\n\x06notice\x18\x02 \x01(\x0b\x32\x15.narses.rpc.v1.NoticeH\x00\x12\x0f\n\x07session\x18\x03 \x01(\x0c\x42\t\n\x07message\"\x88\x03\n\x04Task\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x10\n\x08run_name\x18\x02 \x01(\t\x12\t\n\x01n\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\x04\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x06 \x01(\t\x12\x11\n\tpartition\x18\x07 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x08 \x01(\r\x12)\n\x06update\x18\t \x01(\x0e\x32\x19.narses.rpc.v1.UpdateKind\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x15\n\rlearning_rate\x18\x0b \x01(\x01\x12\x0e\n\x06\x66\x61\x64ing\x18\x0c \x01(\x01\x12\x11\n\tdimension\x18\r \x01(\x04\x12\x0e\n\x06layout\x18\x0e \x01(\x0c\x12\x13\n\x0b\x63hunk_bytes\x18\x0f \x01(\r\x12&\n\x05\x64type\x18\x10 \x01(\x0e\x32\x17.narses.rpc.v1.DataType\x12.\n\x06\x64igest\x18\x11 \x01(\x0e\x32\x1e.narses.rpc.v1.DigestAlgorithm\x12\x11\n\tsignature\x18\x12 \x01(\x0c\"B\n\x06Notice\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.narses.rpc.v1.NoticeKind\x12\x0f\n\x07message\x18\x02 \x01(\t\"G\n\x0bPullRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x18\n\x0b\x61\x66ter_round\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x0e\n\x0c_after_round\"V\n\x0cPullResponse\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.narses.rpc.v1.RoundHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"\x9c\x02\n\x0bRoundHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x14\n\x0cnot_modified\x18\x03 \x01(\x08\x12\x10\n\x08\x66inished\x18\x04 \x01(\x08\x12\t\n\x01n\x18\x05 \x01(\r\x12\t\n\x01\x66\x18\x06 \x01(\r\x12\x0c\n\x04rule\x18\x07 \x01(\t\x12\x14\n\x0c\x63loses_in_ms\x18\x08 \x01(\x04\x12\x1a\n\rdurable_round\x18\t \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06\x64igest\x18\n \x01(\x0c\x12\x11\n\tsignature\x18\x0b \x01(\x0c\x12\x13\n\x0b\x62yte_length\x18\x0c \x01(\x04\x12&\n\x05\x64type\x18\r \x01(\x0e\x32\x17.narses.rpc.v1.DataTypeB\x10\n\x0e_durable_round\"\xb0\x01\n\x0bPushRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.narses.rpc.v1.UpdateHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12/\n\x07trailer\x18\x03 \x01(\x0b\x32\x1c.narses.rpc.v1.UpdateTrailerH\x00\x12\'\n\x06update\x18\x04 \x01(\x0b\x32\x15.narses.rpc.v1.UpdateH\x00\x42\x07\n\x05\x66rame\"u\n\x06Update\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.narses.rpc.v1.UpdateHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12-\n\x07trailer\x18\x03 \x01(\x0b\x32\x1c.narses.rpc.v1.UpdateTrailer\"\x8f\x01\n\x0cUpdateHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\x0c\x12&\n\x05\x64type\x18\x05 \x01(\x0e\x32\x17.narses.rpc.v1.DataType\x12\x13\n\x0b\x62yte_length\x18\x06 \x01(\x04\"2\n\rUpdateTrailer\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x86\x01\n\x0cPushResponse\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x11\n\tduplicate\x18\x06 \x01(\x08\x12\x15\n\rcurrent_round\x18\x07 \x01(\x04\"\x0e\n\x0cLeaveRequest\"\x0f\n\rLeaveResponse*<\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01*m\n\x0f\x44igestAlgorithm\x12 \n\x1c\x44IGEST_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44IGEST_ALGORITHM_BLAKE3\x10\x01\x12\x1b\n\x17\x44IGEST_ALGORITHM_SHA256\x10\x02*C\n\nUpdateKind\x12\x1b\n\x17UPDATE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_KIND_GRADIENT\x10\x01*\x98\x01\n\nNoticeKind\x12\x1b\n\x17NOTICE_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13NOTICE_KIND_WAITING\x10\x01\x12\x1c\n\x18NOTICE_KIND_RUN_FINISHED\x10\x02\x12\x18\n\x14NOTICE_KIND_DRAINING\x10\x03\x12\x1c\n\x18NOTICE_KIND_NO_MORE_RUNS\x10\x04\x32\xa7\x02\n\x16ParameterServerService\x12\x41\n\x04Join\x12\x1a.narses.rpc.v1.JoinRequest\x1a\x1b.narses.rpc.v1.JoinResponse0\x01\x12\x41\n\x04Pull\x12\x1a.narses.rpc.v1.PullRequest\x1a\x1b.narses.rpc.v1.PullResponse0\x01\x12\x43\n\x04Push\x12\x1a.narses.rpc.v1.PushRequest\x1a\x1b.narses.rpc.v1.PushResponse(\x01\x30\x01\x12\x42\n\x05Leave\x12\x1b.narses.rpc.v1.LeaveRequest\x1a\x1c.narses.rpc.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$narses/rpc/v1/parameter_server.proto\x12\rnarses.rpc.v1\"0\n\x0bJoinRequest\x12\x0f\n\x07workers\x18\x01 \x03(\r\x12\x10\n\x08software\x18\x02 \x01(\t\"x\n\x0cJoinResponse\x12#\n\x04task\x18\x01 \x01(\x0b\x32\x13.narses.rpc.v1.TaskH\x00\x12\'\n\x06notice\x18\x02 \x01(\x0b\x32\x15.narses.rpc.v1.NoticeH\x00\x12\x0f\n\x07session\x18\x03 \x01(\x0c\x42\t\n\x07message\"\xdc\x03\n\x04Task\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x10\n\x08run_name\x18\x02 \x01(\t\x12\t\n\x01n\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\x04\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x06 \x01(\t\x12\x11\n\tpartition\x18\x07 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x08 \x01(\r\x12)\n\x06update\x18\t \x01(\x0e\x32\x19.narses.rpc.v1.UpdateKind\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x15\n\rlearning_rate\x18\x0b \x01(\x01\x12\x0e\n\x06\x66\x61\x64ing\x18\x0c \x01(\x01\x12\x11\n\tdimension\x18\r \x01(\x04\x12\x0e\n\x06layout\x18\x0e \x01(\x0c\x12\x13\n\x0b\x63hunk_bytes\x18\x0f \x01(\r\x12&\n\x05\x64type\x18\x10 \x01(\x0e\x32\x17.narses.rpc.v1.DataType\x12.\n\x06\x64igest\x18\x11 \x01(\x0e\x32\x1e.narses.rpc.v1.DigestAlgorithm\x12\x11\n\tsignature\x18\x12 \x01(\x0c\x12\x13\n\x0blocal_steps\x18\x13 \x01(\r\x12\x16\n\x0elocal_momentum\x18\x14 \x01(\x01\x12\x10\n\x08local_l2\x18\x15 \x01(\x01\x12\x13\n\x0bmicro_batch\x18\x16 \x01(\r\"B\n\x06Notice\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.narses.rpc.v1.NoticeKind\x12\x0f\n\x07message\x18\x02 \x01(\t\"G\n\x0bPullRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x18\n\x0b\x61\x66ter_round\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x0e\n\x0c_after_round\"V\n\x0cPullResponse\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.narses.rpc.v1.RoundHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"\x9c\x02\n\x0bRoundHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x14\n\x0cnot_modified\x18\x03 \x01(\x08\x12\x10\n\x08\x66inished\x18\x04 \x01(\x08\x12\t\n\x01n\x18\x05 \x01(\r\x12\t\n\x01\x66\x18\x06 \x01(\r\x12\x0c\n\x04rule\x18\x07 \x01(\t\x12\x14\n\x0c\x63loses_in_ms\x18\x08 \x01(\x04\x12\x1a\n\rdurable_round\x18\t \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06\x64igest\x18\n \x01(\x0c\x12\x11\n\tsignature\x18\x0b \x01(\x0c\x12\x13\n\x0b\x62yte_length\x18\x0c \x01(\x04\x12&\n\x05\x64type\x18\r \x01(\x0e\x32\x17.narses.rpc.v1.DataTypeB\x10\n\x0e_durable_round\"\xb0\x01\n\x0bPushRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.narses.rpc.v1.UpdateHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12/\n\x07trailer\x18\x03 \x01(\x0b\x32\x1c.narses.rpc.v1.UpdateTrailerH\x00\x12\'\n\x06update\x18\x04 \x01(\x0b\x32\x15.narses.rpc.v1.UpdateH\x00\x42\x07\n\x05\x66rame\"u\n\x06Update\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.narses.rpc.v1.UpdateHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12-\n\x07trailer\x18\x03 \x01(\x0b\x32\x1c.narses.rpc.v1.UpdateTrailer\"\x8f\x01\n\x0cUpdateHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\x0c\x12&\n\x05\x64type\x18\x05 \x01(\x0e\x32\x17.narses.rpc.v1.DataType\x12\x13\n\x0b\x62yte_length\x18\x06 \x01(\x04\"2\n\rUpdateTrailer\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x86\x01\n\x0cPushResponse\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x11\n\tduplicate\x18\x06 \x01(\x08\x12\x15\n\rcurrent_round\x18\x07 \x01(\x04\"\x0e\n\x0cLeaveRequest\"\x0f\n\rLeaveResponse*<\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01*m\n\x0f\x44igestAlgorithm\x12 \n\x1c\x44IGEST_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44IGEST_ALGORITHM_BLAKE3\x10\x01\x12\x1b\n\x17\x44IGEST_ALGORITHM_SHA256\x10\x02*_\n\nUpdateKind\x12\x1b\n\x17UPDATE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_KIND_GRADIENT\x10\x01\x12\x1a\n\x16UPDATE_KIND_PARAMETERS\x10\x02*\x98\x01\n\nNoticeKind\x12\x1b\n\x17NOTICE_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13NOTICE_KIND_WAITING\x10\x01\x12\x1c\n\x18NOTICE_KIND_RUN_FINISHED\x10\x02\x12\x18\n\x14NOTICE_KIND_DRAINING\x10\x03\x12\x1c\n\x18NOTICE_KIND_NO_MORE_RUNS\x10\x04\x32\xa7\x02\n\x16ParameterServerService\x12\x41\n\x04Join\x12\x1a.narses.rpc.v1.JoinRequest\x1a\x1b.narses.rpc.v1.JoinResponse0\x01\x12\x41\n\x04Pull\x12\x1a.narses.rpc.v1.PullRequest\x1a\x1b.narses.rpc.v1.PullResponse0\x01\x12\x43\n\x04Push\x12\x1a.narses.rpc.v1.PushRequest\x1a\x1b.narses.rpc.v1.PushResponse(\x01\x30\x01\x12\x42\n\x05Leave\x12\x1b.narses.rpc.v1.LeaveRequest\x1a\x1c.narses.rpc.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'narses.rpc.v1.parameter_server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=1804
-  _globals['_DATATYPE']._serialized_end=1864
-  _globals['_DIGESTALGORITHM']._serialized_start=1866
-  _globals['_DIGESTALGORITHM']._serialized_end=1975
-  _globals['_UPDATEKIND']._serialized_start=1977
-  _globals['_UPDATEKIND']._serialized_end=2044
-  _globals['_NOTICEKIND']._serialized_start=2047
-  _globals['_NOTICEKIND']._serialized_end=2199
+  _globals['_DATATYPE']._serialized_start=1888
+  _globals['_DATATYPE']._serialized_end=1948
+  _globals['_DIGESTALGORITHM']._serialized_start=1950
+  _globals['_DIGESTALGORITHM']._serialized_end=2059
+  _globals['_UPDATEKIND']._serialized_start=2061
+  _globals['_UPDATEKIND']._serialized_end=2156
+  _globals['_NOTICEKIND']._serialized_start=2159
+  _globals['_NOTICEKIND']._serialized_end=2311
   _globals['_JOINREQUEST']._serialized_start=55
   _globals['_JOINREQUEST']._serialized_end=103
   _globals['_JOINRESPONSE']._serialized_start=105
   _globals['_JOINRESPONSE']._serialized_end=225
   _globals['_TASK']._serialized_start=228
-  _globals['_TASK']._serialized_end=620
-  _globals['_NOTICE']._serialized_start=622
-  _globals['_NOTICE']._serialized_end=688
-  _globals['_PULLREQUEST']._serialized_start=690
-  _globals['_PULLREQUEST']._serialized_end=761
-  _globals['_PULLRESPONSE']._serialized_start=763
-  _globals['_PULLRESPONSE']._serialized_end=849
-  _globals['_ROUNDHEADER']._serialized_start=852
-  _globals['_ROUNDHEADER']._serialized_end=1136
-  _globals['_PUSHREQUEST']._serialized_start=1139
-  _globals['_PUSHREQUEST']._serialized_end=1315
-  _globals['_UPDATE']._serialized_start=1317
-  _globals['_UPDATE']._serialized_end=1434
-  _globals['_UPDATEHEADER']._serialized_start=1437
-  _globals['_UPDATEHEADER']._serialized_end=1580
-  _globals['_UPDATETRAILER']._serialized_start=1582
-  _globals['_UPDATETRAILER']._serialized_end=1632
-  _globals['_PUSHRESPONSE']._serialized_start=1635
-  _globals['_PUSHRESPONSE']._serialized_end=1769
-  _globals['_LEAVEREQUEST']._serialized_start=1771
-  _globals['_LEAVEREQUEST']._serialized_end=1785
-  _globals['_LEAVERESPONSE']._serialized_start=1787
-  _globals['_LEAVERESPONSE']._serialized_end=1802
-  _globals['_PARAMETERSERVERSERVICE']._serialized_start=2202
-  _globals['_PARAMETERSERVERSERVICE']._serialized_end=2497
+  _globals['_TASK']._serialized_end=704
+  _globals['_NOTICE']._serialized_start=706
+  _globals['_NOTICE']._serialized_end=772
+  _globals['_PULLREQUEST']._serialized_start=774
+  _globals['_PULLREQUEST']._serialized_end=845
+  _globals['_PULLRESPONSE']._serialized_start=847
+  _globals['_PULLRESPONSE']._serialized_end=933
+  _globals['_ROUNDHEADER']._serialized_start=936
+  _globals['_ROUNDHEADER']._serialized_end=1220
+  _globals['_PUSHREQUEST']._serialized_start=1223
+  _globals['_PUSHREQUEST']._serialized_end=1399
+  _globals['_UPDATE']._serialized_start=1401
+  _globals['_UPDATE']._serialized_end=1518
+  _globals['_UPDATEHEADER']._serialized_start=1521
+  _globals['_UPDATEHEADER']._serialized_end=1664
+  _globals['_UPDATETRAILER']._serialized_start=1666
+  _globals['_UPDATETRAILER']._serialized_end=1716
+  _globals['_PUSHRESPONSE']._serialized_start=1719
+  _globals['_PUSHRESPONSE']._serialized_end=1853
+  _globals['_LEAVEREQUEST']._serialized_start=1855
+  _globals['_LEAVEREQUEST']._serialized_end=1869
+  _globals['_LEAVERESPONSE']._serialized_start=1871
+  _globals['_LEAVERESPONSE']._serialized_end=1886
+  _globals['_PARAMETERSERVERSERVICE']._serialized_start=2314
+  _globals['_PARAMETERSERVERSERVICE']._serialized_end=2609
 # @@protoc_insertion_point(module_scope)

@@ -22,6 +22,7 @@ class UpdateKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     UPDATE_KIND_UNSPECIFIED: _ClassVar[UpdateKind]
     UPDATE_KIND_GRADIENT: _ClassVar[UpdateKind]
+    UPDATE_KIND_PARAMETERS: _ClassVar[UpdateKind]
 
 class NoticeKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -37,6 +38,7 @@ DIGEST_ALGORITHM_BLAKE3: DigestAlgorithm
 DIGEST_ALGORITHM_SHA256: DigestAlgorithm
 UPDATE_KIND_UNSPECIFIED: UpdateKind
 UPDATE_KIND_GRADIENT: UpdateKind
+UPDATE_KIND_PARAMETERS: UpdateKind
 NOTICE_KIND_UNSPECIFIED: NoticeKind
 NOTICE_KIND_WAITING: NoticeKind
 NOTICE_KIND_RUN_FINISHED: NoticeKind
@@ -62,7 +64,7 @@ class JoinResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., session: _Optional[bytes] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("run_id", "run_name", "n", "rounds", "model", "dataset", "partition", "batch", "update", "seed", "learning_rate", "fading", "dimension", "layout", "chunk_bytes", "dtype", "digest", "signature")
+    __slots__ = ("run_id", "run_name", "n", "rounds", "model", "dataset", "partition", "batch", "update", "seed", "learning_rate", "fading", "dimension", "layout", "chunk_bytes", "dtype", "digest", "signature", "local_steps", "local_momentum", "local_l2", "micro_batch")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_NAME_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +83,10 @@ class Task(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_L2_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     run_id: bytes
     run_name: str
     n: int
@@ -99,7 +105,11 @@ class Task(_message.Message):
     dtype: DataType
     digest: DigestAlgorithm
     signature: bytes
-    def __init__(self, run_id: _Optional[bytes] = ..., run_name: _Optional[str] = ..., n: _Optional[int] = ..., rounds: _Optional[int] = ..., model: _Optional[str] = ..., dataset: _Optional[str] = ..., partition: _Optional[str] = ..., batch: _Optional[int] = ..., update: _Optional[_Union[UpdateKind, str]] = ..., seed: _Optional[int] = ..., learning_rate: _Optional[float] = ..., fading: _Optional[float] = ..., dimension: _Optional[int] = ..., layout: _Optional[bytes] = ..., chunk_bytes: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ..., digest: _Optional[_Union[DigestAlgorithm, str]] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    local_steps: int
+    local_momentum: float
+    local_l2: float
+    micro_batch: int
+    def __init__(self, run_id: _Optional[bytes] = ..., run_name: _Optional[str] = ..., n: _Optional[int] = ..., rounds: _Optional[int] = ..., model: _Optional[str] = ..., dataset: _Optional[str] = ..., partition: _Optional[str] = ..., batch: _Optional[int] = ..., update: _Optional[_Union[UpdateKind, str]] = ..., seed: _Optional[int] = ..., learning_rate: _Optional[float] = ..., fading: _Optional[float] = ..., dimension: _Optional[int] = ..., layout: _Optional[bytes] = ..., chunk_bytes: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ..., digest: _Optional[_Union[DigestAlgorithm, str]] = ..., signature: _Optional[bytes] = ..., local_steps: _Optional[int] = ..., local_momentum: _Optional[float] = ..., local_l2: _Optional[float] = ..., micro_batch: _Optional[int] = ...) -> None: ...
 
 class Notice(_message.Message):
     __slots__ = ("kind", "message")

@@ -1,0 +1,1 @@
+"""`narses run`: an experiment file, its runs, and the folder they leave behind."""

@@ -1,0 +1,47 @@
+"""What `narses run` does between its options and its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from narses_lab import reporting
+from narses_lab.experiment.folder import Folder
+from narses_lab.experiment.run import Experiment, play
+
+EXIT_INTERRUPTED = 130
+OUT = Path("narses-out")
+
+
+def run(path: Path, output: Path | None, sets: Sequence[str], check: bool, console: Console) -> int:
+    """The exit code; ConfigError, DataError, OptionError and DaemonError are the caller's to tell."""
+    experiment = Experiment.load(path, sets)
+    for warning in experiment.warnings:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    if check:
+        count, rounds = len(experiment.cells), sum(cell.run.round.rounds for cell in experiment.cells)
+        console.print(f"ok: {count} run(s), {rounds} rounds in all", markup=False)
+        for axis in experiment.axes:
+            console.print(f"  {axis.key}: {', '.join(axis.labels)}", markup=False, soft_wrap=True)
+        return 0
+    folder = Folder(output or OUT / experiment.config.name)
+    command = shlex.join(["narses", *sys.argv[1:]])
+    try:
+        played = play(experiment, folder, console, command)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        done = sum(folder.done(cell) for cell in folder.known(experiment.cells))
+        console.print(
+            f"interrupted: {done} of {len(experiment.cells)} runs are done; the same command goes on", markup=False
+        )
+        return EXIT_INTERRUPTED
+    if not played:
+        console.print("nothing to play: every run is done", markup=False)
+    rendered = reporting.render(folder.path)
+    for file in (rendered.html, rendered.markdown):
+        console.print(str(file), markup=False, soft_wrap=True)
+    return 0
