@@ -46,6 +46,7 @@ class CorruptedCohort(Cohort):
             config.workers,
             executor,
             device=config.device,
+            precision=config.precision,
             data_dir=config.data_dir,
             metrics=metrics,
             allow=config.allow,
@@ -81,7 +82,9 @@ class CorruptedCohort(Cohort):
 
     def compute(self, group: range, pulled: Pulled) -> list[Step]:
         """Honest gradients, on poisoned batches for the members of a data attack."""
-        poisoned = self._members(pulled) if self._poison is not None else ()
+        if self._poison is None:
+            return super().compute(group, pulled)
+        poisoned = self._members(pulled)
         steps = []
         for index in group:
             self.trainer.poison = self._poison if self.workers[index] in poisoned else None

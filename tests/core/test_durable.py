@@ -72,3 +72,12 @@ def test_a_power_cut_at_any_instant_finds_the_old_content_or_the_new(tmp_path: P
         durable.write(path, b"newer")
 
     assert events == [("fsync 5 bytes", b"old"), ("rename", b"old"), ("fsync folder", b"newer")]
+
+
+def test_writing_over_leaves_size_and_rest(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    durable.write(path, b"0123456789")
+    durable.overwrite(path, [b"ab", memoryview(b"cde")])
+    assert path.read_bytes() == b"abcde56789"
+    with pytest.raises(FileNotFoundError):
+        durable.overwrite(tmp_path / "absent", [b"ab"])

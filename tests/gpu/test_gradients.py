@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,13 @@ BFLOAT16 = {"mlp": 0.1, "cnn-s": 0.15, "cnn-l": 0.15, "ipm-cnn": 0.4}
 
 
 @pytest.fixture(autouse=True)
-def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_tf32() -> Iterator[None]:
     """cuDNN's convolutions round float32 to 10 bits by default; here they must not."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    yield
+    convolutions.fp32_precision = before
 
 
 def _build(name: str) -> nn.Module:
@@ -56,7 +62,7 @@ def _exact(name: str) -> tuple[Tensor, list[float], Tensor]:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    return ((a.cpu().double() - b).norm(dim=1) / b.norm(dim=1)).max().item()
+    return float(((a.cpu().double() - b).norm(dim=1) / b.norm(dim=1)).max())
 
 
 @BY

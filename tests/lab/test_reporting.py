@@ -330,14 +330,18 @@ def test_what_varies_is_not_among_what_is_fixed(tmp_path):
 def test_runs_that_are_not_there_are_missing_and_counted(folder):
     for run in folder.find(round__rule="mean", attack="none"):
         (folder.path / "runs" / run["run"] / "summary.json").unlink()
-    first, second, _ = folder.find(round__rule="krum", attack="alie")
+    first, second, third = folder.find(round__rule="krum", attack="alie")
     folder.play(first, outcome="drained")
+    swapped("key", "f" * 64)(
+        folder.path / "runs" / folder.find(round__rule="mean", attack="alie")[0]["run"] / "run.json"
+    )
     (folder.path / "runs" / second["run"] / "run.json").unlink()
 
     page, _, text = rendered(folder)
 
     for rows in (page.table("round.rule", "attack"), markdown_table(text, "round.rule", "attack")):
-        gone, partly = rows[0], rows[3]
+        gone, other, partly = rows[0], rows[1], rows[3]
+        assert (other["final %"], other["runs"]) == (spread([0.5 + 0.031 * k for k in (4, 5)]), "2 1 of 3 missing")
         assert (gone["final %"], gone["best %"], gone["rounds/s"], gone["diverged"]) == ("-", "-", "-", "-")
         assert gone["runs"] == "- 3 of 3 missing"
         assert (partly["final %"], partly["runs"]) == (f"{100 * (0.5 + 0.031 * 11):.1f}", "1 2 of 3 missing")
@@ -345,8 +349,29 @@ def test_runs_that_are_not_there_are_missing_and_counted(folder):
     assert cell == "- best - 3 of 3 missing"
     outcomes = {row["run"]: row["outcome"] for row in page.table("run", "outcome")}
     assert len(outcomes) == 12
-    assert (outcomes[first["run"]], outcomes[second["run"]]) == ("interrupted", "not finished")
-    assert "7 of 12 runs were played to their end, 0 of them diverged, 5 are missing." in text
+    assert [outcomes[run["run"]] for run in (first, second, third)] == ["interrupted", "not finished", "completed"]
+    assert sorted(outcomes.values()) == ["completed"] * 6 + ["interrupted"] + ["not finished"] * 4 + [
+        "of another configuration"
+    ]
+    assert "6 of 12 runs were played to their end, 0 of them diverged, 6 are missing." in text
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_runs_with_one_key_are_one_run(tmp_path, renamed):
+    made = Folder(tmp_path / "r", {"attack": {"none": 0, "alie": 1}, "attack.z": {"1": 1, "2": 2}})
+    first, second, *attacked = made.runs
+    second["key"] = first["key"]
+    if renamed:
+        second["run"] = first["run"]
+    made.write()
+    for i, run in enumerate([second, *attacked]):  # under the name of either
+        made.play(run, 0.5 + i / 10)
+
+    page, _, text = rendered(made)
+
+    assert [row["final %"] for row in page.table("attack", "attack.z")] == ["50.0", "50.0", "60.0", "70.0"]
+    assert [row["run"] for row in page.table("run", "outcome")] == [run["run"] for run in (second, *attacked)]
+    assert "3 of 3 runs were played to their end, 0 of them diverged, 0 are missing." in text
 
 
 def test_a_diverged_run_counts_as_it_ended(tmp_path):
@@ -424,6 +449,8 @@ def test_hostile_text_stays_text(tmp_path):
     assert "<script" not in text.lower()
     assert not re.search(r"(?<!\\)!?(?<!\\)\[", text.replace("![Test accuracy", "").replace("![Final and best", ""))
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.fetched)
+    for path in made.path.glob("report-*.svg"):
+        assert ElementTree.fromstring(path.read_bytes()).tag.endswith("svg")
     label = " ".join(HOSTILE.split())
     assert page.table(label, "attack")[0][label] == label
     assert page.table("varied")[0]["varied"] == label
@@ -502,7 +529,8 @@ def test_an_attack_that_starts_late_is_marked_in_the_figure(tmp_path):
     def svg(start):
         made = Folder(tmp_path / str(start), {"round.rule": {"mean": "mean"}})
         made.play(made.runs[0], attack={"name": "alie", "start_round": start}, byzantine=[1], f_real=1)
-        render(made.path)
+        _, html, _ = rendered(made)
+        assert ("where the attack starts" in html) is (start > 0)
         return (made.path / "report-1-rounds.svg").read_bytes()
 
     assert svg(4).count(b"stroke: #555555") == svg(0).count(b"stroke: #555555") + 1
@@ -537,13 +565,13 @@ def swapped(key, value):
         ("experiment.json", cut, "not JSON"),
         ("experiment.json", swapped("format", 2), "format 2"),
         ("experiment.json", swapped("runs", [{"run": "../../x", "key": "", "labels": {}}]), "runs.0.run"),
+        ("experiment.json", swapped("runs", [{"run": "x", "key": k, "labels": {}} for k in "ab"]), "the same name"),
         ("experiment.json", swapped("axes", [{"key": "a", "labels": ["x"], "values": []}]), "1 labels for 0 values"),
         ("experiment.json", swapped("axes", [{"key": "a", "labels": ["x"], "values": [1]}]), "labels of the axis a"),
         ("experiment.json", swapped("axes", [{"key": "a", "labels": ["x", "x"], "values": [1, 2]}]), "same label"),
         ("summary.json", cut, "damaged"),
         ("summary.json", swapped("outcome", "lost"), "outcome"),
         ("summary.json", swapped("final_accuracy", "0.9"), "final_accuracy"),
-        ("run.json", swapped("key", "f" * 64), "another configuration"),
         ("run.json", swapped("attack", {"start_round": "4"}), "start_round = '4'"),
         ("rounds.jsonl", cut, "line 4"),
         ("rounds.jsonl", swapped("selected", 3), "line 1: selected"),

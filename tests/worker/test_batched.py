@@ -57,7 +57,7 @@ def together(
 
 def distance(a: Tensor, b: Tensor) -> float:
     """The largest distance of a worker's gradient, over its norm."""
-    return ((a - b).norm(dim=1) / b.norm(dim=1)).max().item()
+    return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
 
 
 @BY
@@ -124,12 +124,14 @@ class Odd(nn.Module):
         self.norm = nn.BatchNorm2d(3)
         self.output = nn.Linear(3 * 32 * 32, 10)
         self.dead = nn.Linear(2, 2)
+        self.seen: Tensor
         self.register_buffer("seen", torch.zeros(3))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
         self.seen += x.mean((0, 2, 3))  # a batch's own, so a worker's own
-        return self.output((self.norm(x * self.scale) + self.seen[:, None, None]).flatten(1))
+        logits: Tensor = self.output((self.norm(x * self.scale) + self.seen[:, None, None]).flatten(1))
+        return logits
 
 
 @BY
@@ -160,7 +162,8 @@ class Dropping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        return self.output(functional.dropout(x.flatten(1), self.rate, self.training))
+        logits: Tensor = self.output(functional.dropout(x.flatten(1), self.rate, self.training))
+        return logits
 
 
 @BY
@@ -202,7 +205,7 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        y = self.output(x.flatten(1))
+        y: Tensor = self.output(x.flatten(1))
         return y if y.sum() > 0 else -y
 
 

@@ -114,12 +114,12 @@ def exact(name: str, parameters_D: Tensor, inputs: Tensor, labels: Tensor) -> tu
 
 def relative(a: Tensor, b: Tensor) -> float:
     """The largest difference over the largest value."""
-    return ((a.double() - b).abs().max() / b.abs().max()).item()
+    return float((a.double() - b).abs().max() / b.abs().max())
 
 
 def distance(a: Tensor, b: Tensor) -> float:
     """The Euclidean distance over the norm: where a rounding flips a maximum, single values differ by more."""
-    return ((a.double() - b).norm() / b.norm()).item()
+    return float((a.double() - b).norm() / b.norm())
 
 
 def _compute(
@@ -157,7 +157,8 @@ def _numpy(sizes: list[int], p: NDArray[Any], x: NDArray[Any], labels: NDArray[A
             values.append(np.maximum(z, 0))
         p_O = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
         loss -= np.log(p_O[label]) / len(x)
-        delta, parts = (p_O - np.eye(len(p_O))[label]) / len(x), []
+        delta = (p_O - np.eye(len(p_O))[label]) / len(x)
+        parts: list[NDArray[Any]] = []
         for (weight, _), value in zip(reversed(layers), reversed(values[:-1]), strict=True):
             parts = [np.outer(delta, value).ravel(), delta, *parts]
             delta = (weight.T @ delta) * (value > 0)
@@ -310,10 +311,11 @@ def test_bits_depend_on_parameters_and_inputs_alone(name: str, shape: tuple[int,
 
 
 def test_a_dead_relu_passes_nothing_on() -> None:
-    module = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 10))
+    hidden = nn.Linear(4, 3)
+    module = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(3, 10))
     with torch.no_grad():
-        module[1].weight.fill_(-1.0)
-        module[1].bias.zero_()
+        hidden.weight.fill_(-1.0)
+        hidden.bias.zero_()
     inputs = torch.ones(2, 4)
     inputs[1] = 0.0  # and exactly at the kink
     _, out_D = _compute(DenseGradient(module), flat.flatten(module), inputs, torch.tensor([1, 2]))

@@ -52,6 +52,7 @@ def honest(config: WorkerConfig, surroundings: Surroundings) -> Daemon:
             config.workers,
             daemon.executor,
             device=config.device,
+            precision=config.precision,
             data_dir=config.data_dir,
             metrics=surroundings.metrics,
             allow=config.allow,

@@ -16,6 +16,7 @@ from narses.observe.metrics import Metrics
 from narses.rpc.v1 import parameter_server_pb2 as pb
 from narses.task import Task
 from narses_worker.client import Pulled
+from narses_worker.gradients import Precision
 from narses_worker.momentum import Momentum
 from narses_worker.trainer import Step, Trainer
 
@@ -54,6 +55,7 @@ class Cohort:
         executor: Executor,
         *,
         device: str = "auto",
+        precision: Precision = "float32",
         data_dir: Path | None = None,
         metrics: Metrics | None = None,
         allow: Collection[str] = (),
@@ -69,7 +71,7 @@ class Cohort:
         """
         self.task = task
         self.workers = tuple(workers)
-        self.trainer = Trainer(task, self.workers, device=device, data_dir=data_dir, allow=allow)
+        self.trainer = Trainer(task, self.workers, device=device, precision=precision, data_dir=data_dir, allow=allow)
         if rows_KD is None:
             rows_KD = list(aligned_rows(len(self.workers), task.dimension))
         self.rows_KD = rows_KD
@@ -124,16 +126,11 @@ class Cohort:
 
     def compute(self, group: range, pulled: Pulled) -> list[Step]:
         """Fill the rows of workers[group]; in an executor thread. What a dishonest cohort overrides."""
-        return [
-            self.trainer.update(
-                self.workers[i],
-                pulled.header.round,
-                pulled.parameters_D,
-                self.rows_KD[i],
-                None if self._velocity_KD is None else self._velocity_KD[i],
-            )
-            for i in group
-        ]
+        part = slice(group.start, group.stop)
+        velocities = None if self._velocity_KD is None else list(self._velocity_KD[part])
+        return self.trainer.updates(
+            self.workers[part], pulled.header.round, pulled.parameters_D, self.rows_KD[part], velocities
+        )
 
     def _keep(self, round_: int) -> list[Step]:
         """After a round's last group: a job like the others, without steps of its own."""

@@ -66,6 +66,8 @@ class WorkerConfig(ClientConfig):
     """Where gradients are computed."""
     data_dir: Path | None = None
     """Where data sets lie; absent: NARSES_DATA_DIR, else ~/.cache/narses/data."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of forward passes on CUDA; parameters and gradients are float32 either way."""
     state_dir: Path | None = None
     """Folder of this daemon where workers with momentum keep it; absent: in memory, and a restart begins at zero."""
     allow: tuple[str, ...] = ()

@@ -18,7 +18,10 @@ from narses import flat
 from narses.models.compute import seeded
 
 Precision = Literal["float32", "bfloat16"]
-"""Of forward pass and loss; parameters, gradients and what the loss sums are float32 in either case."""
+"""Of forward pass and loss; parameters, gradients and what the loss sums are float32 in either case.
+
+On CUDA torch lets cuDNN round the operands of float32 convolutions to TF32, unless torch.backends.cudnn.conv says "ieee".
+"""
 
 ONEDNN_FROM = 1 << 21
 """Multiplications of a matrix product from which oneDNN pays: its call costs 15 us, MKL's 2."""

@@ -57,9 +57,9 @@ class Momentum:
 
         durable_round: the last round that the server cannot lose; None where it loses everything.
         """
-        self._forget(round_ if durable_round is None else min(round_, durable_round + 1))
         if round_ not in self._kept:
             self._kept[round_] = self._load(round_)
+        self._forget(round_ if durable_round is None else min(round_, durable_round + 1))
         return self._kept[round_].copy()
 
     def after(self, round_: int, rows_KD: Rows) -> None:

@@ -19,7 +19,8 @@ from narses.errors import ConfigError, InputError
 from narses.models.compute import choose_device, one_thread, trial
 from narses.seeding import derive
 from narses.task import Task
-from narses_worker.gradients import gradient_of
+from narses_worker.batched import BatchedGradient
+from narses_worker.gradients import Precision, gradient_of
 
 Poison = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 Vector = Tensor | NDArray[Any]
@@ -50,6 +51,7 @@ class Trainer:
         workers: Sequence[int],
         *,
         device: str = "auto",
+        precision: Precision = "float32",
         data_dir: Path | None = None,
         poison: Poison | None = None,
         allow: Collection[str] = (),
@@ -58,12 +60,16 @@ class Trainer:
 
         allow: the import strings that the task, which came over the wire, may name.
         ConfigError: an unknown name, an import string that is not allowed, a worker the task does not have, an absent
-        device, a whole shard where workers have none, or a model that is not the server's. DataError: the data set is not
-        on this machine.
+        device, bfloat16 without CUDA, a whole shard where workers have none, or a model that is not the server's. DataError:
+        the data set is not on this machine.
         """
         self.task = task
         self.workers = tuple(workers)
         self.device = choose_device(device)
+        if precision != "float32" and self.device.type != "cuda":
+            raise ConfigError(
+                f"precision = {precision!r} is for CUDA, and device = {device!r} computes on the CPU here: take float32"
+            )
         self.poison = poison
         self._data = datasets.load(task.dataset, data_dir, allow=allow)
         self._shares = partition.make(task.partition, allow=allow).divide(task.seed, task.n, self._data.train_labels)
@@ -76,9 +82,14 @@ class Trainer:
                 f"model {task.model} on data set {task.dataset} has {flat.count(module)} parameters here and "
                 f"{task.dimension} at the server, or in another layout: run the same version of narses on both sides"
             )
-        self._gradient = gradient_of(module, self.device)
+        self._gradient = gradient_of(module, self.device, precision)
         with one_thread():
             self._draws = trial(module, self._data.train_inputs[:2].to(self.device), self._data.classes)
+        self._together: BatchedGradient | None = None
+        if self.device.type == "cuda" and task.micro_batch is None:
+            self._together = BatchedGradient(module, self.device, precision)
+            # One worker's batch is less work than its way to the device.
+            self._near = self._data.train_inputs.to(self.device), self._data.train_labels.to(self.device)
         self._parameters_D = torch.empty(task.dimension)
         self._row_D = torch.empty(task.dimension)
         self._scratch_D = torch.empty(task.dimension)
@@ -112,12 +123,68 @@ class Trainer:
             out.copy_(row_D)
         return step
 
+    def updates(
+        self,
+        workers: Sequence[int],
+        round_: int,
+        parameters_D: Vector,
+        rows_KD: Sequence[Vector],
+        velocities_KD: Sequence[Vector] | None = None,
+    ) -> list[Step]:
+        """The updates of `workers` for one round into their rows, as update() would write them; on CUDA all at once."""
+        if self._together is not None and self.poison is None and all(self._steps(worker) == 1 for worker in workers):
+            return self._at_once(self._together, workers, round_, parameters_D, rows_KD, velocities_KD)
+        return [
+            self.update(worker, round_, parameters_D, row_D, None if velocities_KD is None else velocities_KD[i])
+            for i, (worker, row_D) in enumerate(zip(workers, rows_KD, strict=True))
+        ]
+
+    def _at_once(
+        self,
+        together: BatchedGradient,
+        workers: Sequence[int],
+        round_: int,
+        parameters_D: Vector,
+        rows_KD: Sequence[Vector],
+        velocities_KD: Sequence[Vector] | None,
+    ) -> list[Step]:
+        """Gradients in one go, then each worker's step from its gradient."""
+        start_D = self._aligned_parameters(parameters_D)
+        indices = [self._indices(worker, round_).to(self.device) for worker in workers]
+        inputs = [self._near[0].index_select(0, index_B) for index_B in indices]
+        labels = [self._near[1].index_select(0, index_B) for index_B in indices]
+        gradients_KD = torch.empty(len(workers), self.task.dimension, pin_memory=self.device.type == "cuda")
+        seeds = [self._seed("model", worker, round_) for worker in workers] if self._draws else None
+        losses = together(start_D, inputs, labels, gradients_KD, seeds)
+        steps = []
+        for i, (loss, gradient_D) in enumerate(zip(losses, gradients_KD, strict=True)):
+            velocity_D = None if velocities_KD is None else self._checked("velocity_D", velocities_KD[i])
+            norm = self._from_gradient(gradient_D, start_D, round_, velocity_D)
+            self._checked("out_D", rows_KD[i]).copy_(gradient_D)
+            steps.append(Step(loss, norm, len(labels[i])))
+        return steps
+
+    def _from_gradient(self, row_D: Tensor, start_D: Tensor, round_: int, velocity_D: Tensor | None) -> float:
+        """Turn the gradient at start_D in `row_D` into the update of one step; the norm of g, or of p - P."""
+        if self.task.local_l2:
+            row_D.add_(start_D, alpha=self.task.local_l2)
+        parameters = self.task.update == "parameters"
+        if parameters:
+            row_D.mul_(-self.task.learning_rate.at(round_))
+        norm = _norm(row_D)
+        if velocity_D is not None:
+            row_D.copy_(velocity_D.mul_(self.task.local_momentum).add_(row_D))
+        if parameters:
+            norm = _norm(row_D)
+            row_D.add_(start_D)
+        return norm
+
     def _differentiate(
         self, worker: int, round_: int, start_D: Tensor, row_D: Tensor, velocity_D: Tensor | None
     ) -> Step:
         """row_D = g, or with momentum m <- momentum m + g."""
         loss, samples = self._mean_gradient(worker, round_, 0, start_D, row_D)
-        norm = torch.linalg.vector_norm(row_D).item()
+        norm = _norm(row_D)
         if velocity_D is not None:
             row_D.copy_(velocity_D.mul_(self.task.local_momentum).add_(row_D))
         return Step(loss, norm, samples)
@@ -134,7 +201,7 @@ class Trainer:
             if velocity_D is not None:
                 step_D.copy_(velocity_D.mul_(self.task.local_momentum).add_(step_D))
             row_D.add_(step_D)
-        return Step(losses / steps, torch.linalg.vector_norm(row_D - start_D).item(), samples)
+        return Step(losses / steps, _norm(row_D - start_D), samples)
 
     def _mean_gradient(
         self, worker: int, round_: int, k: int, parameters_D: Tensor, out_D: Tensor
@@ -220,3 +287,7 @@ class Trainer:
 
 def _aligned(vector_D: Tensor) -> bool:
     return vector_D.is_contiguous() and vector_D.data_ptr() % ALIGNMENT == 0
+
+
+def _norm(vector_D: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector_D))

@@ -25,6 +25,8 @@ class ExperimentConfig(Config):
     """"grpc": a server, daemons and adversaries as processes; "local": the same objects in one process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where gradients are computed and the model is evaluated."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of forward passes on CUDA."""
     data_dir: Path | None = None
     """Where data sets lie; absent: NARSES_DATA_DIR, else ~/.cache/narses/data."""
     seeds: PositiveInt | tuple[NonNegativeInt, ...] = 1

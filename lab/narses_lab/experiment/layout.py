@@ -109,6 +109,7 @@ def _client(config: ExperimentConfig, name: str, server: str, cells: Sequence[Ce
         "server": server,
         "insecure": True,
         "device": config.device,
+        "precision": config.precision,
         **_data(config),
         "state_dir": f"state/{name}",
         "allow": sorted({table["name"] for table in tables if ":" in table["name"]}),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import structlog
 
+from narses.models.compute import choose_device
 from narses.observe.metrics import Metrics
 from narses_adversary.config import AdversaryConfig
 from narses_adversary.craft import Crafter, Row
@@ -31,6 +32,7 @@ from narses_server.published import Published
 from narses_server.watch import Watch
 from narses_worker.client import Pulled
 from narses_worker.cohort import Cohort
+from narses_worker.gradients import Precision
 
 log = structlog.get_logger("narses.local")
 
@@ -47,6 +49,7 @@ class Setup:
 
     output: Path
     device: str = "cpu"
+    precision: Precision = "float32"
     data_dir: Path | None = None
     threads: int = 2
     checkpoint: CheckpointConfig | None = None
@@ -104,24 +107,28 @@ class LocalRun:
         own = attack.byzantine if attack is not None and attack.where == "own" else ()
         honest = [worker for worker in range(task.n) if worker not in own]
         allow = [str(table["name"]) for table in (task.model, task.dataset, task.partition)]
-        group = max(1, task.n // (JOBS_PER_THREAD * setup.threads))
+        threads, group = setup.threads, max(1, task.n // (JOBS_PER_THREAD * setup.threads))
+        if choose_device(setup.device).type == "cuda":
+            threads, group = 1, task.n  # which computes them all at once
         cohorts = [
             Cohort(
                 task,
                 workers,
                 executor,
                 device=setup.device,
+                precision=setup.precision,
                 data_dir=setup.data_dir,
                 allow=allow,
                 rows_KD=_rows(run, workers),
                 group=group,
             )
-            for workers in (honest[i :: setup.threads] for i in range(setup.threads))
+            for workers in (honest[i::threads] for i in range(threads))
             if workers
         ]
         if attack is not None and own:
             tree = {"server": "127.0.0.1:1", "insecure": True, "workers": list(own), "device": setup.device}
             tree |= {"attack": attack.table, "seed": setup.adversary_seed, "data_dir": setup.data_dir}
+            tree["precision"] = setup.precision
             tree["allow"] = [name for name in allow if ":" in name]
             config = AdversaryConfig.of(tree, source="attack")
             metrics = Metrics("adversary")

@@ -109,7 +109,15 @@ async def _local(
     loop = asyncio.get_running_loop()
     keep_large_blocks()
     torch.set_num_threads(1)  # updates are computed by threads of ours; OpenMP's would fight with them
-    setup = Setup(folder.runs, config.device, config.data_dir, config.daemons, config.checkpoint, config.adversary_seed)
+    setup = Setup(
+        output=folder.runs,
+        device=config.device,
+        precision=config.precision,
+        data_dir=config.data_dir,
+        threads=config.daemons,
+        checkpoint=config.checkpoint,
+        adversary_seed=config.adversary_seed,
+    )
     with (folder.path / "logs" / "local.log").open("a", encoding="utf-8") as log:
 
         def tell(event: Event) -> None:

@@ -68,11 +68,11 @@ def groups(experiment: Experiment) -> list[Group]:
     axes = experiment.varied
     runs: dict[tuple[str, ...], list[str]] = {}
     for plan in experiment.record.runs:
-        runs.setdefault(tuple(plan.labels[axis.key] for axis in axes), []).append(plan.run)
+        runs.setdefault(tuple(plan.labels[axis.key] for axis in axes), []).append(plan.key)
     order = [{label: i for i, label in enumerate(axis.labels)} for axis in axes]
     return [
-        Group(labels, len(names), tuple(experiment.played[name] for name in names if name in experiment.played))
-        for labels, names in sorted(
+        Group(labels, len(keys), tuple(experiment.played[key] for key in keys if key in experiment.played))
+        for labels, keys in sorted(
             runs.items(), key=lambda item: [place[label] for place, label in zip(order, item[0], strict=True)]
         )
     ]

@@ -56,6 +56,6 @@ def page(experiment: Experiment) -> Page:
             Section("Figures", drawings=figures, text="" if figures else "No accuracy has been measured yet."),
             Section("Settings", (*varied, tables.fixed(experiment))),
             Section("When, where and with what", (tables.origin(experiment),)),
-            Section("Every run", (tables.runs(experiment),), folded=f"{len(record.runs)} runs"),
+            Section("Every run", (tables.runs(experiment),), folded=f"{len({run.key for run in record.runs})} runs"),
         ),
     )

@@ -160,8 +160,8 @@ class Record:
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len({run.run for run in self.runs}) != len(self.runs):
-            raise ValueError("two runs have the same name")
+        if len({run.run for run in self.runs}) != len({(run.run, run.key) for run in self.runs}):
+            raise ValueError("two different runs have the same name")
         if len({axis.key for axis in self.axes}) != len(self.axes):
             raise ValueError("two axes have the same key")
         for run in self.runs:
@@ -173,7 +173,10 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A results folder. played: by run name, those played to their end. missing: by run name, why the others were not."""
+    """A results folder. played: by key, the runs played to their end. missing: by key, why the others were not.
+
+    Two planned runs with one key, whatever their labels, are one run: without attack its strength makes no difference.
+    """
 
     folder: Path
     record: Record
@@ -194,13 +197,16 @@ class Experiment:
         content = _bytes(path)
         _check_format(path, content)
         record = _parse(Record, content, path)
-        played, missing = {}, {}
+        played: dict[str, Played] = {}
+        missing: dict[str, str] = {}
         for plan in record.runs:
-            found = _run(plan, folder / "runs" / plan.run)
-            if isinstance(found, Played):
-                played[plan.run] = found
-            else:
-                missing[plan.run] = found
+            if plan.key not in played:
+                found = _run(plan, folder / "runs" / plan.run)
+                if isinstance(found, Played):
+                    played[plan.key] = found
+                    missing.pop(plan.key, None)
+                else:
+                    missing.setdefault(plan.key, found)
         return cls(folder, record, played, missing)
 
     @property
@@ -217,13 +223,13 @@ class Experiment:
 def _run(plan: Planned, folder: Path) -> Played | str:
     """The run, or why there is none."""
     if not (folder / "summary.json").is_file() or not (folder / "run.json").is_file():
-        return "not finished"  # run.json is written last, by another process than the summary
+        return "not finished"
     summary = _parse(_Summary, _bytes(folder / "summary.json"), folder / "summary.json")
     if summary.outcome == "drained":
         return "interrupted"
     details = _parse(_Details, _bytes(folder / "run.json"), folder / "run.json")
     if details.key != plan.key:
-        raise _damaged(folder / "run.json", "its key is not the one in experiment.json: it is of another configuration")
+        return "of another configuration"
     start, stop = _active(details.attack, folder / "run.json")
     # always read, so that a damaged file is found whatever the rule
     selections = list(_rounds(folder / "rounds.jsonl"))

@@ -30,11 +30,11 @@ class Table:
 
 def overview(experiment: Experiment) -> str:
     """One sentence: how much of the experiment there is."""
-    runs, played = len(experiment.record.runs), experiment.played.values()
+    played, missing = experiment.played.values(), experiment.missing
     diverged = sum(run.diverged for run in played)
     return (
-        f"{len(played)} of {runs} runs were played to their end, {diverged} of them diverged, "
-        f"{len(experiment.missing)} are missing."
+        f"{len(played)} of {len(played) + len(missing)} runs were played to their end, {diverged} of them diverged, "
+        f"{len(missing)} are missing."
     )
 
 
@@ -126,9 +126,10 @@ def matrix(experiment: Experiment, groups: Sequence[Group]) -> Table | None:
 def runs(experiment: Experiment) -> Table:
     """Every run, those that are missing too."""
     heads = ("run", "outcome", "final %", "best %", "at round", "rounds", "rounds/s", "parameters' digest")
+    plans = {plan.key: plan for plan in reversed(experiment.record.runs)}  # of runs with one key the first
     rows = tuple(
-        _run(plan.run, experiment.played.get(plan.run), experiment.missing.get(plan.run, ""))
-        for plan in experiment.record.runs
+        _run(plans[key].run, experiment.played.get(key), experiment.missing.get(key, ""))
+        for key in dict.fromkeys(plan.key for plan in experiment.record.runs)
     )
     return Table(heads, rows, "Digest: its first 16 digits.", frozenset(range(2, 7)))
 
@@ -137,7 +138,7 @@ def _run(name: str, run: Played | None, why: str) -> tuple[str, ...]:
     if run is None:
         return (_line(name), why, *[NONE] * 6)
     return (
-        _line(name),
+        _line(run.plan.run),
         run.outcome,
         _percent(run.final, ""),
         _percent(run.best, ""),
