@@ -1,11 +1,11 @@
-"""python -m bench [push|rounds|checkpoint] [options]: run all benchmarks, or one, and say where the results are written."""
+"""python -m bench [push|rounds|checkpoint|gradients] [options]: run all, or one, and say where the results are written."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-NAMES = ("push", "rounds", "checkpoint")
+NAMES = ("push", "rounds", "checkpoint", "gradients")
 
 
 def main(arguments: list[str]) -> int:

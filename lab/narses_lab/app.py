@@ -106,7 +106,10 @@ def run_(
     check: Annotated[bool, typer.Option("--check", help="Validate, say what would be played, and exit.")] = False,
 ) -> None:
     """Play every run of an experiment that its folder does not hold yet, then report. Ctrl-C keeps what is done."""
-    from narses_lab.experiment import command  # here: it imports PyTorch, which takes seconds
+    from narses.rpc.allocator import keep_large_blocks  # here: it imports PyTorch, which takes seconds
+    from narses_lab.experiment import command
+
+    keep_large_blocks()
 
     sets = [*(set_ or ()), *([] if transport is None else [f"transport={transport}"])]
     raise typer.Exit(command.run(experiment, output, sets, check, Console(highlight=False)))

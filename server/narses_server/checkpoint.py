@@ -1,15 +1,16 @@
 """Checkpoints: everything a run needs to go on after its process was killed at any instant.
 
-One file per checkpoint, a safetensors file: the tensors, and in the header's metadata a JSON manifest and a digest over both.
-The files are written in turn, each over the oldest checkpoint and in place: creating, renaming and removing files would be two
-more waits for the disk, every round. A file is complete if it has its digest, and the ones not being written always are.
+One file per checkpoint, `checkpoint-<rounds>.safetensors`: the tensors, and in the header's metadata a JSON manifest and a
+digest over both. One file, because every fsync costs milliseconds, and the oldest file is renamed and written over: creating
+and removing files would be two more waits for the disk, every round. What counts is what a file says inside: it is complete
+if it has its digest, and all but the one being written are.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ DTYPES = {
 """What a checkpoint can hold, under safetensors' names."""
 
 _DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
-_NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
+_NAME = re.compile(r"checkpoint-\d{10}\.safetensors")
 _HALF_WRITTEN = re.compile(_NAME.pattern + re.escape(durable.PARTIAL))
 _FREE = "free"  # stands for the rest of a file, so that the file keeps its size
 _FREE_ENTRY = 128  # bytes of it in the header, at most
@@ -58,7 +59,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`: the last `keep` complete ones, and a file more that is written over next.
+    """The checkpoints of one run in `folder`: the last `keep` complete ones, and the file that is written over next.
 
     `config_hash` ties them to the run's configuration.
     """
@@ -68,8 +69,9 @@ class Checkpoints:
         self._config_hash = config_hash
         self._keep = keep
         self._damaged: set[Path] = set()
-        self._files: deque[Path] = deque()  # in the order in which they are written over; known from the first save on
-        self._sizes: dict[Path, int] = {}
+        self._sizes: dict[Path, int] | None = (
+            None  # of every file, the oldest checkpoint first; known from the first save on
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,69 +84,84 @@ class Checkpoints:
         """
         content = _Content({"format": FORMAT, "config": self._config_hash, "rounds": rounds, "facts": facts}, tensors)
         try:
-            if not self._files:
-                self._take_stock()
-            path = self._files[0]
-            if content.least <= self._sizes[path]:
-                durable.overwrite(path, content.buffers(self._sizes[path]))
-            else:
-                size = content.least + content.least // 8  # room for what the next ones have more
-                buffers = content.buffers(size)
-                durable.write(path, [*buffers, bytes(size - sum(map(len, buffers)))])
-                self._sizes[path] = size
+            self._write(self._path(rounds), content)
         except OSError as error:
             raise CheckpointError(
                 f"round {rounds - 1} cannot be made durable in {self._folder} ({error.strerror}); the run stops, and resumes "
                 f"from the checkpoint before it once the disk takes writes again"
             ) from None
-        self._files.rotate(-1)
         return content.least
+
+    def _write(self, path: Path, content: _Content) -> None:
+        sizes = self._sizes = self._take_stock() if self._sizes is None else self._sizes
+        size = sizes.pop(path, 0)  # one of this name is damaged, or about to be written over
+        if not size and len(sizes) > self._keep:
+            oldest = next(iter(sizes))
+            size = sizes.pop(oldest)
+            oldest.rename(path)  # for people: if a power cut undoes it, nothing is lost
+        if content.least <= size:
+            durable.overwrite(path, content.buffers(size))
+        else:
+            size = content.least + content.least // 8  # room for what the next ones have more
+            buffers = content.buffers(size)
+            durable.write(path, [*buffers, bytes(size - content.least)])
+        sizes[path] = size
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint of this configuration; damaged ones are named in the log and passed over.
 
         ConfigError if the newest complete one belongs to another configuration: starting over would overwrite it.
         """
-        for path in reversed(self._by_age()):
-            try:
-                checkpoint, manifest = _load(path)
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-                log.warning(
-                    "checkpoint is incomplete or damaged, the one before it is tried", file=str(path), why=str(error)
-                )
-                self._damaged.add(path)
-                continue
-            if manifest["format"] != FORMAT:
-                raise ConfigError(
-                    f"{path} has format {manifest['format']}, this version reads {FORMAT}; go on with the version that wrote "
-                    f"it, or choose another output folder or run name"
-                )
-            found = manifest["config"]
-            if found != self._config_hash:
-                raise ConfigError(
-                    f"{path} belongs to another configuration (hash {found[:12]}, this run has "
-                    f"{self._config_hash[:12]}); restore the configuration, or choose another output folder or run name"
-                )
-            return checkpoint
+        for path in reversed(self._by_age(unreadable=math.inf)):
+            checkpoint = self._read(path)
+            if checkpoint is not None:
+                return checkpoint
+            self._damaged.add(path)
         return None
 
-    def _by_age(self) -> list[Path]:
-        """The files that there are, oldest checkpoint first; before all others what is no checkpoint any more."""
-        ages = {p: -1 if p in self._damaged else _rounds(p) for p in self._folder.iterdir() if _NAME.fullmatch(p.name)}
-        return sorted(ages, key=lambda path: (ages[path], path))
+    def at(self, rounds: int) -> Checkpoint | None:
+        """The one after `rounds` rounds; None if there is none, or, named in the log, only a damaged one. Errors as newest."""
+        path = self._path(rounds)
+        found = self._read(path) if path.exists() else None
+        return found if found is not None and found.rounds == rounds else None
 
-    def _take_stock(self) -> None:
-        """Decide which files are written over, in which order; what a kill left half-written goes."""
+    def _read(self, path: Path) -> Checkpoint | None:
+        """What `path` holds if that is complete; ConfigError if it is not for this run."""
+        try:
+            checkpoint, manifest = _load(path)
+        except _DAMAGE as error:
+            log.warning("checkpoint is incomplete or damaged and is passed over", file=str(path), why=str(error))
+            return None
+        if manifest["format"] != FORMAT:
+            raise ConfigError(
+                f"{path} has format {manifest['format']}, expected {FORMAT}; go on with the version that wrote it, or choose "
+                f"another output folder or run name"
+            )
+        found = manifest["config"]
+        if found != self._config_hash:
+            raise ConfigError(
+                f"{path} belongs to another configuration (hash {found[:12]}, this run has {self._config_hash[:12]}); "
+                f"restore the configuration, or choose another output folder or run name"
+            )
+        return checkpoint
+
+    def _by_age(self, unreadable: float) -> list[Path]:
+        """The files that there are, oldest checkpoint first, going by their headers; one without counts as `unreadable`."""
+        ages = {path: _rounds(path) for path in self._folder.iterdir() if _NAME.fullmatch(path.name)}
+        return sorted(ages, key=lambda path: (unreadable if (age := ages[path]) is None else age, path))
+
+    def _take_stock(self) -> dict[Path, int]:
+        """The sizes of the files that are written over in turn; what a kill left half-written goes, and what is too many."""
         for path in self._folder.iterdir():
             if _HALF_WRITTEN.fullmatch(path.name):
                 path.unlink()
-        there = self._by_age()
+        there = sorted(self._by_age(unreadable=-1), key=lambda path: path not in self._damaged)  # which go first
         while len(there) > self._keep + 1:
             there.pop(0).unlink()
-        names = (self._folder / f"checkpoint-{i}.safetensors" for i in range(len(there) + self._keep + 1))
-        new = [path for path in names if path not in there][: self._keep + 1 - len(there)]
-        self._sizes = {path: path.stat().st_size for path in there} | dict.fromkeys(new, 0)
-        self._files.extend([*new, *there])
+        return {path: path.stat().st_size for path in there}
+
+    def _path(self, rounds: int) -> Path:
+        return self._folder / f"checkpoint-{rounds:010d}.safetensors"
 
 
 class _Content:
@@ -164,15 +181,11 @@ class _Content:
             self._append(name, DTYPES[tensors[name].dtype], list(tensors[name].shape), len(raw[name]))
             self._data.append(raw[name])
         self._header_bytes = -(-(len(json.dumps(self._header)) + _FREE_ENTRY) // 8) * 8
+        self.least = 8 + self._header_bytes + self._end  # bytes that the file must have
 
     def _append(self, name: str, dtype: str, shape: list[int], count: int) -> None:
         self._header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [self._end, self._end + count]}
         self._end += count
-
-    @property
-    def least(self) -> int:
-        """Bytes that the file must have."""
-        return 8 + self._header_bytes + self._end
 
     def buffers(self, size: int) -> list[bytes | memoryview]:
         """The beginning of a file of `size` bytes. Once."""
@@ -190,13 +203,13 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return state.digest().hex()
 
 
-def _rounds(path: Path) -> int:
-    """After how many rounds it was written, going by its header alone; -1 if that is damaged."""
+def _rounds(path: Path) -> int | None:
+    """After how many rounds it was written, going by its header alone; None if that is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return int(json.loads(file.metadata()["manifest"])["rounds"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        return -1
+        return None
 
 
 def _load(path: Path) -> tuple[Checkpoint, dict[str, Any]]:

@@ -191,6 +191,7 @@ class Run:
                 self._watch.timed_out()
                 self._scores.line({"round": last, "outcome": "skipped", "why": decision.why})
                 newest = dataclasses.replace(newest, round=last + 1)
+                await self._run(self.state.save, last + 1, self._scores.extra())  # or a kill would open it again
             else:
                 outcome = "diverged" if decision.step is Step.DIVERGED else "drained"
                 log.warning("run ends early", run=config.name, round=last, why=decision.why)

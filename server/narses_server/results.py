@@ -10,7 +10,6 @@ from typing import Any, TextIO
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from narses import durable
 from narses.errors import ConfigError
 from narses_server.model import named
 
@@ -32,7 +31,10 @@ class Results:
                 kept = _lines_before(path, resume_at)
                 if last is not None and last["round"] not in kept:
                     kept[last["round"]] = json.dumps(last) + "\n"
-                durable.write(path, "".join(kept.values()).encode())  # a kill between emptying and filling it loses all
+                # A kill between emptying the file and filling it would lose every line.
+                partial = folder / "rounds.jsonl.partial"
+                partial.write_text("".join(kept.values()), encoding="utf-8")
+                partial.replace(path)
                 # Line by line: what was written survives the process, though not the machine.
                 self._rounds = path.open("a", encoding="utf-8", buffering=1)
             except OSError as error:

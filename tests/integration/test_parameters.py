@@ -32,7 +32,9 @@ async def _final(folder: Path, rule: Any, task: dict[str, Any], optimizer: dict[
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
-@pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean", "mean-around-median", "krum", "multi-krum", "bulyan"])
+@pytest.mark.parametrize(
+    "rule", ["mean", "median", "trimmed-mean", "mean-around-median", "krum", "multi-krum", "bulyan"]
+)
 async def test_one_step_of_parameters_is_one_gradient(tmp_path: Path, rule: str) -> None:
     gradients = await _final(tmp_path / "g", rule, {}, CONSTANT)
     parameters = await _final(tmp_path / "p", rule, {"update": "parameters"}, CONSTANT)
@@ -109,7 +111,9 @@ async def test_momentum_follows_a_server_that_resumes(tmp_path: Path, kind: str,
             await c.until_round(round_)
             copies.append(tmp_path / f"copy-{round_}")
             # In this order, as a kill leaves it: momentum is on disk before the server makes the round durable.
-            shutil.copytree(tmp_path / "now" / "out", copies[-1] / "out", ignore_dangling_symlinks=True, copy_function=_copy)
+            shutil.copytree(
+                tmp_path / "now" / "out", copies[-1] / "out", ignore_dangling_symlinks=True, copy_function=_copy
+            )
             shutil.copytree(tmp_path / "now" / "state", copies[-1] / "state", copy_function=_copy)
         assert (await c.summary())["digest"] == expected
 

@@ -26,7 +26,7 @@ from narses.errors import ConfigError, InputError
 from narses.observe.metrics import Metrics
 from narses.rules import Aggregation, Context
 from narses.updates import Updates
-from narses_server.checkpoint import Checkpoint, Checkpoints, config_hash
+from narses_server.checkpoint import Checkpoint, Checkpoints
 from narses_server.config import CheckpointConfig
 from narses_server.evaluate import Evaluation, Evaluator
 from narses_server.state import Extra, State, lineage
@@ -220,7 +220,7 @@ async def test_no_evaluation_is_lost(tmp_path: Path) -> None:
     assert not any(name.startswith("evaluating") for name in load_file(last)), "only while it runs"
 
     for after, copy in copies.items():
-        for path in sorted(copy.glob("run/checkpoints/*"))[after:]:
+        for path in sorted(copy.glob("run/checkpoints/checkpoint-*"))[after:]:
             path.unlink()
         async with cluster(output=str(copy), **settings) as c:
             summary = await c.summary()

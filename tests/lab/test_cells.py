@@ -148,11 +148,23 @@ def test_warnings_have_numbers() -> None:
 
 ALIE: dict[str, Any] = {"name": "alie", "z": 1.0}
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "a rule that cannot": ({"matrix": {"round": {"rule": ["mean", "bulyan"], "f": [2, 3]}}}, r"round\.rule = bulyan, round\.f = 3.*Bulyan with f = 3 needs n >= 15"),
+    "a rule that cannot": (
+        {"matrix": {"round": {"rule": ["mean", "bulyan"], "f": [2, 3]}}},
+        r"round\.rule = bulyan, round\.f = 3.*Bulyan with f = 3 needs n >= 15",
+    ),
     "an unknown key": ({"round": {"n": 11, "rounds": 5, "ful": 2}}, r"unknown key round\.ful"),
-    "an unknown section": ({"matrix": {"rule": ["mean"]}}, r"matrix\.rule: cannot be varied; expected a key of task, round"),
-    "seeds in the matrix": ({"matrix": {"task": {"seed": [1, 2]}}}, r"matrix\.task\.seed: cannot be varied; set seeds = "),
-    "a seed in the task": ({"task": {"model": "softmax", "dataset": "digits", "batch": 4, "seed": 3}}, r"task\.seed = 3: set seeds = \[3\]"),
+    "an unknown section": (
+        {"matrix": {"rule": ["mean"]}},
+        r"matrix\.rule: cannot be varied; expected a key of task, round",
+    ),
+    "seeds in the matrix": (
+        {"matrix": {"task": {"seed": [1, 2]}}},
+        r"matrix\.task\.seed: cannot be varied; set seeds = ",
+    ),
+    "a seed in the task": (
+        {"task": {"model": "softmax", "dataset": "digits", "batch": 4, "seed": 3}},
+        r"task\.seed = 3: set seeds = \[3\]",
+    ),
     "no list": ({"matrix": {"round": {"f": 2}}}, r"matrix\.round\.f = 2: expected a list"),
     "an empty list": ({"matrix": {"round": {"f": []}}}, r"matrix\.round\.f: the list of values is empty"),
     "a value twice": ({"matrix": {"round": {"f": [1, 1]}}}, r"round\.f: '1' is there twice"),
@@ -161,20 +173,32 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a case without label": ({"cases": [{"round": {"f": 1}}]}, "every one needs a label"),
     "an unknown attack": ({"attack": "alien"}, "unknown attack 'alien'"),
     "an unknown place": ({"attack": {**ALIE, "where": "here"}}, r'attack\.where = \'here\': expected "own"'),
-    "behind nothing": ({"attack": {**ALIE, "behind": "0-3"}}, r'attack\.behind is for where = "intercepted", got where = "own"'),
+    "behind nothing": (
+        {"attack": {**ALIE, "behind": "0-3"}},
+        r'attack\.behind is for where = "intercepted", got where = "own"',
+    ),
     "nobody behind": ({"attack": {**ALIE, "where": "intercepted"}}, r"attack\.behind is required"),
-    "too few behind": ({"attack": {**ALIE, "where": "intercepted", "behind": "10"}}, r"behind names 1 worker\(s\) up to 10: expected"),
+    "too few behind": (
+        {"attack": {**ALIE, "where": "intercepted", "behind": "10"}},
+        r"behind names 1 worker\(s\) up to 10: expected",
+    ),
     "strangers behind": ({"attack": {**ALIE, "where": "intercepted", "behind": "9-11"}}, r"ids below n = 11"),
     "too many attackers": ({"attack": {**ALIE, "f_real": 12}}, r"attack\.f_real = 12: expected 0 to n = 11"),
-    "an attack after the end": ({"attack": {**ALIE, "start_round": 20}}, r"start_round = 20 is not before the end, rounds = 20"),
+    "an attack after the end": (
+        {"attack": {**ALIE, "start_round": 20}},
+        r"start_round = 20 is not before the end, rounds = 20",
+    ),
     "no z": ({"attack": "alie", "round": {"n": 11, "f": 0, "rounds": 3}}, ""),
     "poison in a proxy": ({"attack": {"name": "label-flip", "where": "all"}}, 'needs where = "own", got "all"'),
     "server momentum and parameters": (
-        {"task": {"model": "softmax", "dataset": "digits", "batch": 4, "update": "parameters"}, "optimizer": {"learning_rate": 0.1, "momentum": 0.9}},
+        {
+            "task": {"model": "softmax", "dataset": "digits", "batch": 4, "update": "parameters"},
+            "optimizer": {"learning_rate": 0.1, "momentum": 0.9},
+        },
         r"optimizer\.momentum = 0\.9 while workers push parameters.*task\.local_momentum",
     ),
     "a name that is a path": ({"name": "../x"}, "name = "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", [name for name in MISTAKES if MISTAKES[name][1]])

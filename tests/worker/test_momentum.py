@@ -75,9 +75,7 @@ def test_an_older_one_stands_in_and_is_named(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 40, b"junk"])
-def test_a_damaged_file_costs_its_round_only(
-    tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_costs_its_round_only(tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     played(tmp_path, 4, durable=0)
     newest = tmp_path / RUN.hex() / "before-0000000004-4.safetensors"
     assert newest.exists()

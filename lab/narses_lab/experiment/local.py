@@ -63,6 +63,7 @@ class LocalRun:
         self._cell = cell
         self._setup = setup
         self._run: Run | None = None
+        self._stopped = False
 
     async def play(self) -> dict[str, Any]:
         """The summary that is also in the run's folder. What the run or a worker raises is raised here."""
@@ -72,6 +73,8 @@ class LocalRun:
             run = self._run = await loop.run_in_executor(server, self._open)
             cohorts = await loop.run_in_executor(server, self._cohorts, run, workers)
             proxy = _Proxy(self._cell.attack, run, setup.adversary_seed) if _behind(self._cell.attack) else None
+            if self._stopped:
+                run.drain(0.0)
             playing = asyncio.create_task(run.play(server, math.inf))
             working = asyncio.create_task(_work(run, cohorts, proxy, workers))
             try:
@@ -86,6 +89,7 @@ class LocalRun:
 
     def stop(self) -> None:
         """Play no further round."""
+        self._stopped = True
         if self._run is not None:
             self._run.drain(0.0)
 

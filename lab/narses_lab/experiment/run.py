@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import structlog
 import torch
 from rich.console import Console
 
 from narses.config import apply_set, read_toml
-from narses.rpc.allocator import keep_large_blocks
 from narses_lab.experiment import remote
 from narses_lab.experiment.cells import Axis, Cell, axes_of, cells_of
 from narses_lab.experiment.config import ExperimentConfig
@@ -106,8 +107,6 @@ async def _local(
     config: ExperimentConfig, cells: Sequence[Cell], folder: Folder, watch: Callable[[Event], None]
 ) -> None:
     (folder.path / "logs").mkdir(exist_ok=True)
-    loop = asyncio.get_running_loop()
-    keep_large_blocks()
     torch.set_num_threads(1)  # updates are computed by threads of ours; OpenMP's would fight with them
     setup = Setup(
         output=folder.runs,
@@ -118,12 +117,7 @@ async def _local(
         checkpoint=config.checkpoint,
         adversary_seed=config.adversary_seed,
     )
-    with (folder.path / "logs" / "local.log").open("a", encoding="utf-8") as log:
-
-        def tell(event: Event) -> None:
-            loop.call_soon_threadsafe(watch, event)
-
-        _listen(log, tell)
+    with _listening(folder.path / "logs" / "local.log", watch):
         for cell in cells:
             run = LocalRun(cell, setup)
             playing = asyncio.create_task(run.play())
@@ -135,28 +129,35 @@ async def _local(
                 raise
 
 
-def _listen(log: TextIO, tell: Callable[[Event], None]) -> None:
-    """Let what the objects of this process log arrive as events, as if they were daemons, and in `log`."""
+@contextmanager
+def _listening(path: Path, watch: Callable[[Event], None]) -> Iterator[None]:
+    """Inside, what the objects of this process log arrives as events, as if they were daemons, and in the file at `path`."""
+    loop, before = asyncio.get_running_loop(), structlog.get_config()
+    with path.open("a", encoding="utf-8") as log:
 
-    class Logger:
-        def __init__(self, name: str = "") -> None:
-            self._role = ROLES.get(name, "server")
+        class Logger:
+            def __init__(self, name: str = "") -> None:
+                self._role = ROLES.get(name, "server")
 
-        def _take(self, fields: dict[str, Any]) -> None:
-            log.write(json.dumps(fields, default=str) + "\n")
-            event = dict(fields)
-            tell(Event(self._role, str(event.pop("event")), event))
+            def _take(self, fields: dict[str, Any]) -> None:
+                log.write(json.dumps(fields, default=str) + "\n")
+                event = dict(fields)
+                loop.call_soon_threadsafe(watch, Event(self._role, str(event.pop("event")), event))
 
-        debug = info = warning = error = critical = exception = msg = _take
+            debug = info = warning = error = critical = exception = msg = _take
 
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            lambda _, __, fields: ((fields,), {}),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(20),
-        logger_factory=Logger,
-        cache_logger_on_first_use=False,
-    )
+        structlog.configure(
+            processors=[
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.format_exc_info,
+                lambda _, __, fields: ((fields,), {}),
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+            logger_factory=Logger,
+            cache_logger_on_first_use=False,
+        )
+        try:
+            yield
+        finally:
+            structlog.configure(**before)
