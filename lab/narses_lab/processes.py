@@ -122,7 +122,7 @@ class Fleet:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._listeners: list[asyncio.Task[None]] = []
+        self._listeners: list[asyncio.Task[None]] = []  # one per daemon, in their order
         self.daemons: dict[str, Daemon] = {}
 
     async def __aenter__(self) -> Self:
@@ -155,6 +155,12 @@ class Fleet:
         """The next event of any daemon; TimeoutError at loop time `until`."""
         async with asyncio.timeout_at(until):
             return await self._events.get()
+
+    async def drain(self, daemon: Daemon) -> None:
+        """Ask `daemon` to stop while the others are still there to finish what it waits for; wait for its end."""
+        daemon.signal(kill=False)
+        listener = self._listeners[list(self.daemons.values()).index(daemon)]
+        await asyncio.wait((listener,), timeout=STOP_SECONDS)
 
     def ended_badly(self, event: Event) -> DaemonError:
         """The error for an "exited" event that should not have come."""

@@ -30,13 +30,15 @@ def shared(cells: Sequence[Cell], folder: Folder) -> list[Cell]:
             continue
         starts = tuple(sorted({_start(cell) for cell in branches}))
         source = next((cell for cell in family if cell.attack is None), None) or _prefix(branches, starts)
-        missing = [start for start in starts if not folder.milestone(source, start).exists()]
-        unplayed = not folder.done(source)
-        if missing and (not unplayed or (source.name.startswith("prefix-") and len(branches) == 1)):
-            continue  # it cannot be asked any more, or would save nothing
-        if missing or any(cell.key == source.key for cell in todo):
+        there = {start for start in starts if folder.milestone(source, start).exists()}
+        clean = any(cell.key == source.key for cell in family)
+        # A run that is over leaves no more of them, and a prefix that only one run begins with would save nothing.
+        if not folder.done(source) and (clean or (len(there) < len(starts) and len(branches) > 1)):
             sources.append(_with(source, milestones=starts))
-        begun = [_with(cell, start={"run": source.name, "round": _start(cell)}) for cell in branches]
+            there.update(starts)
+        begun = [
+            _with(cell, start={"run": source.name, "round": _start(cell)}) for cell in branches if _start(cell) in there
+        ]
         by_key = {cell.key: cell for cell in begun}
         todo = [by_key.get(cell.key, cell) for cell in todo]
     first = {cell.key for cell in sources}

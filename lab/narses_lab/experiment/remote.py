@@ -46,6 +46,9 @@ async def play(
         while running:
             try:
                 event = await fleet.next(stalled_at)
+            except asyncio.CancelledError:
+                await fleet.drain(server)  # it ends its round with the workers' help, and saves where it is
+                raise
             except TimeoutError:
                 raise fleet.stuck(
                     f"no progress for {patience:.0f} s, {finished} of {len(cells)} runs finished"
