@@ -1,11 +1,11 @@
-"""python -m bench [push|rounds|checkpoint|gradients] [options]: run all, or one, and say where the results are written."""
+"""python -m bench [NAME] [options]: run all benchmarks, or the one of NAMES, and say where the results are written."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-NAMES = ("push", "rounds", "checkpoint", "gradients")
+NAMES = ("push", "rounds", "checkpoint", "gradients", "experiment")
 
 
 def main(arguments: list[str]) -> int:
