@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from narses_lab import reporting
 from narses_lab.experiment.folder import Folder
@@ -42,6 +44,17 @@ def run(path: Path, output: Path | None, sets: Sequence[str], check: bool, conso
     if not played:
         console.print("nothing to play: every run is done", markup=False)
     rendered = reporting.render(folder.path)
+    console.print(_table(rendered.results))
     for file in (rendered.html, rendered.markdown):
         console.print(str(file), markup=False, soft_wrap=True)
     return 0
+
+
+def _table(results: reporting.Table) -> Table:
+    """For a terminal; what follows a line break in a cell is left to the report."""
+    table = Table()
+    for index, head in enumerate(results.heads):
+        table.add_column(Text(head), justify="right" if index in results.numbers else "left")
+    for row in results.rows:
+        table.add_row(*(Text(cell.partition("\n")[0]) for cell in row))
+    return table

@@ -10,16 +10,18 @@ from narses_lab.reporting.html import html
 from narses_lab.reporting.markdown import markdown
 from narses_lab.reporting.page import page
 from narses_lab.reporting.read import Experiment
+from narses_lab.reporting.tables import Table
 
-__all__ = ["Experiment", "Rendered", "render"]
+__all__ = ["Experiment", "Rendered", "Table", "render"]
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What was written. The Markdown refers to report-*.svg beside it, the HTML to nothing."""
+    """What was written, and the table that says it all. The Markdown refers to report-*.svg beside it, the HTML to nothing."""
 
     html: Path
     markdown: Path
+    results: Table
 
 
 def render(folder: Path) -> Rendered:
@@ -41,4 +43,4 @@ def render(folder: Path) -> Rendered:
             raise OptionError(
                 f"{folder / name}: cannot be written ({error.strerror}); make the folder writable"
             ) from None
-    return Rendered(folder / "report.html", folder / "report.md")
+    return Rendered(folder / "report.html", folder / "report.md", report.sections[0].tables[0])
