@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from narses.rpc.status import REFUSALS
-from narses_server.round import Decision, Policy, Round, Step, Verdict
+from narses_server.round import EVIDENCE_LIMIT, Decision, Policy, Round, Step, Verdict
 
 BASE = b"base"
 MIN_UPDATES: dict[str, Callable[[int], int]] = {
@@ -259,8 +259,9 @@ class AnyRound(RuleBasedStateMachine):
         if worker in self.sent:
             assert verdict.duplicate == (content == self.sent[worker])
             assert verdict.reason == ("" if verdict.duplicate else "CONFLICTING_PUSH")
-            if verdict.reason:
-                self.evidence.setdefault(worker, []).append(bytes([content]))
+            kept = self.evidence.setdefault(worker, []) if verdict.reason else []
+            if verdict.reason and len(kept) < EVIDENCE_LIMIT:
+                kept.append(bytes([content]))
         elif self.ended is not None:
             assert verdict.reason == "WRONG_ROUND"
         elif not finite:
