@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +19,7 @@ from narses_lab.experiment.run import Experiment, play
 
 EXIT_INTERRUPTED = 130
 OUT = Path("narses-out")
+LEFT_OUT = ("runs", "rounds/s", "attackers")
 
 
 def run(path: Path, output: Path | None, sets: Sequence[str], check: bool, console: Console) -> int:
@@ -51,10 +53,11 @@ def run(path: Path, output: Path | None, sets: Sequence[str], check: bool, conso
 
 
 def _table(results: reporting.Table) -> Table:
-    """For a terminal; what follows a line break in a cell is left to the report."""
-    table = Table()
-    for index, head in enumerate(results.heads):
-        table.add_column(Text(head), justify="right" if index in results.numbers else "left")
+    """For a terminal of 80 columns: the rest, and what follows a line break in a cell, is in the report."""
+    shown = [index for index, head in enumerate(results.heads) if head not in LEFT_OUT]
+    table = Table(box=SIMPLE)
+    for index in shown:
+        table.add_column(Text(results.heads[index]), justify="right" if index in results.numbers else "left")
     for row in results.rows:
-        table.add_row(*(Text(cell.partition("\n")[0]) for cell in row))
+        table.add_row(*(Text(row[index].partition("\n")[0]) for index in shown))
     return table
