@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-LIBRARIES = ("narses", "torch", "numpy", "grpcio", "protobuf", "blake3")
+LIBRARIES = ("narses", "torch", "numpy", "grpcio", "protobuf", "blake3", "llvmlite")
 
 
 @dataclass(frozen=True)

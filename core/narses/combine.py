@@ -120,7 +120,8 @@ class Nearest:
         k, spare = self.k, len(x_KC) - self.k
         if spare == 0:
             return mean_rows(x_KC)
-        centre_C = self.centre(x_KC).to(torch.float64)
+        block_KC = x_KC.clone() if isinstance(self.centre, Nearest) else x_KC  # which writes to its block
+        centre_C = self.centre(block_KC).to(torch.float64)
         further_SC = x_KC[k:] - centre_C < centre_C - x_KC[:spare]
         # Rows z, z+k, z+2k, ... hold exactly one value of the window. Carrying that one along by selection, instead of
         # adding the new and subtracting the old value, keeps every value outside the window out of the sum.
@@ -129,6 +130,56 @@ class Nearest:
             here, there = x_KC[z : z + m], x_KC[z + k : z + k + m]
             torch.where(further_SC[z : z + m], there, here, out=there)
         return mean_rows(x_KC[spare:])
+
+
+@dataclass(frozen=True)
+class TwoMeans:
+    """The mean of the larger of two clusters if their centres are more than `threshold` apart, else the mean of all.
+
+    The clusters divide the column with the least sum of squared distances to their centres; they are neighbours in the
+    sorted column. Of equally good divisions the one with the larger lower cluster counts; of equally large clusters
+    neither is the larger. threshold is in standard deviations (divisor K) if relative.
+    """
+
+    threshold: float
+    relative: bool = False
+    ordered: ClassVar[bool] = True
+    least: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise InputError(f"TwoMeans(threshold={self.threshold}): expected a threshold >= 0")
+
+    def __call__(self, x_KC: Tensor) -> Tensor:
+        k, unit_C = len(x_KC), _unit(x_KC)
+        y_KC = x_KC if x_KC.dtype != torch.float64 else x_KC * unit_C
+        # Sums of rows s .. k-1, from the top down: a total minus a prefix is noise beside one huge value.
+        upper_KC = torch.empty(x_KC.shape, dtype=torch.float64, device=x_KC.device)
+        upper_KC[-1] = y_KC[-1]
+        for s in range(k - 2, -1, -1):
+            torch.add(upper_KC[s + 1], y_KC[s], out=upper_KC[s])
+        lower_C, apart_C, best_C, farthest_C, scratch_C = torch.zeros_like(upper_KC[0]).repeat(5, 1)
+        split_C = torch.ones(x_KC.shape[1], dtype=torch.float64, device=x_KC.device)
+        for s in range(1, k):
+            lower_C += y_KC[s - 1]
+            torch.mul(upper_KC[s], s, out=apart_C).sub_(lower_C, alpha=k - s)  # s (k - s) times the centres' distance
+            # What this division takes off the sum of squares, k times.
+            gain_C = torch.mul(apart_C, apart_C, out=scratch_C).div_(s * (k - s))
+            better_C = gain_C >= best_C
+            torch.maximum(gain_C, best_C, out=best_C)
+            torch.where(better_C, apart_C, farthest_C, out=farthest_C)
+            split_C.masked_fill_(better_C, s)
+        gap_C = farthest_C / (split_C * (k - split_C)).clamp_(min=1)
+        limit_C = unit_C * self.threshold
+        if self.relative:
+            mean_C, squares_C = upper_KC[0] / k, torch.zeros_like(unit_C)
+            for row_C in y_KC:
+                squares_C += (row_C - mean_C).square_()
+            limit_C = squares_C.div_(k).sqrt_() * self.threshold
+        trimmed_C = gap_C > limit_C
+        lo_C = torch.where(trimmed_C & (2 * split_C < k), split_C, 0.0).to(torch.int64)
+        hi_C = torch.where(trimmed_C & (2 * split_C > k), split_C, float(k)).to(torch.int64)
+        return _mean_between(x_KC, lo_C, hi_C)
 
 
 def mean_rows(x_KC: Tensor) -> Tensor:
@@ -147,6 +198,27 @@ def mean_rows(x_KC: Tensor) -> Tensor:
     for row_C in x_KC:
         total_C += row_C * scale_C
     return total_C.div_(len(x_KC)).div_(scale_C).clamp_(low_C, high_C)
+
+
+def _mean_between(x_KC: Tensor, lo_C: Tensor, hi_C: Tensor) -> Tensor:
+    """The mean of the sorted values lo .. hi-1 of each column, as `mean_rows` would sum them."""
+    low_C = x_KC.gather(0, lo_C[None])[0].to(torch.float64)
+    high_C = x_KC.gather(0, hi_C[None] - 1)[0].to(torch.float64)
+    scale_C = torch.where(torch.maximum(-low_C, high_C) > 2.0**900, 2.0**-64, 1.0).to(torch.float64)
+    total_C = torch.zeros_like(low_C)
+    scaled = x_KC.dtype == torch.float64
+    for i, row_C in enumerate(x_KC):
+        total_C += torch.where((lo_C <= i) & (i < hi_C), row_C * scale_C if scaled else row_C, 0.0)
+    return total_C.div_(hi_C - lo_C).div_(scale_C).clamp_(low_C, high_C)
+
+
+def _unit(x_KC: Tensor) -> Tensor:
+    """For each sorted column the power of two, float64, in whose units differences can be squared; 1 for float32."""
+    largest_C = torch.maximum(-x_KC[0], x_KC[-1]).to(torch.float64)
+    if x_KC.dtype != torch.float64:
+        return torch.ones_like(largest_C)
+    exponent_C = torch.frexp(largest_C).exponent
+    return torch.ldexp(torch.ones_like(largest_C), -exponent_C.clamp(-1000, 1020))
 
 
 def sort_columns_(x_KC: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 from narses import distances
 from narses.combine import Combine, sort_columns_
 from narses.errors import InputError
+from narses.kernels import combine as kernels
+from narses.kernels import weighted
 
 # Columns of one coordinate-wise block: 51 float32 rows stay in the L2 cache. Results do not depend on it.
 _WIDTH = {"cpu": 8192, "cuda": 1 << 18}
@@ -32,18 +34,31 @@ class Updates:
         self._squared_NN: Tensor | None = None
 
     @classmethod
-    def of(cls, x_ND: object, rows: Sequence[int] | Tensor | None = None, *, finite: bool = False) -> Updates:
+    def of(
+        cls,
+        x_ND: object,
+        rows: Sequence[int] | Tensor | None = None,
+        *,
+        finite: bool = False,
+        squared_NN: Tensor | None = None,
+    ) -> Updates:
         """Updates over a tensor, a numpy array or nested rows, shape (N, D), float32 or float64; nothing is copied.
 
         rows: use only these rows, in this order (the present workers of a larger matrix). A padded matrix is handed
         over as its view `matrix[:, :D]`. finite = True promises that every entry was found finite before; it saves
-        one read. Raises InputError if the shape, dtype or rows are wrong, or names the first row that holds NaN or
-        infinity.
+        one read. squared_NN: their squared distances, float64, if they are known (`distances.DistanceAccumulator`).
+        Raises InputError if the shape, dtype or rows are wrong, or names the first row that holds NaN or infinity.
         """
         matrix_nD = _as_matrix(x_ND)
         updates = cls(matrix_nD, None if rows is None else _index(rows, len(matrix_nD), matrix_nD.device))
         if not finite:
             updates._refuse_non_finite()
+        if squared_NN is not None:
+            n = len(updates)
+            if squared_NN.shape != (n, n) or squared_NN.dtype != torch.float64:
+                found = f"{tuple(squared_NN.shape)} of {squared_NN.dtype}"
+                raise InputError(f"squared distances of shape {found}: expected ({n}, {n}) of torch.float64")
+            updates._squared_NN = squared_NN.to(updates.device)
         return updates
 
     def __len__(self) -> int:
@@ -68,41 +83,58 @@ class Updates:
             raise InputError(f"distances with p = {p}: a norm needs p >= 1 or infinity")
         if p not in self._distances:
             self._distances[p] = (
-                self.squared_distances_NN().sqrt()
-                if p == 2
-                else distances.pairwise(self._distance_blocks, len(self), self.device, p)
+                self.squared_distances_NN().sqrt() if p == 2 else distances.pairwise(self._matrix_nD, self._rows_N, p)
             )
         return self._distances[p]
 
     def squared_distances_NN(self) -> Tensor:  # noqa: N802
         """||x_i - x_j||_2^2, float64; computed once."""
         if self._squared_NN is None:
-            self._squared_NN = distances.squared(self._distance_blocks, len(self), self.device)
+            self._squared_NN = distances.squared(self._matrix_nD, self._rows_N)
         return self._squared_NN
+
+    def squared_distances_with(
+        self, points: Sequence[Tensor], columns: Sequence[tuple[int, int]] | None = None
+    ) -> Tensor:
+        """Squared distances between rows and `points`, (D,) each, put below them: (N + M, N + M) float64, fresh memory.
+
+        columns: count these ranges (first, end) only. One read of them. InputError for points of another size.
+        """
+        for point_D in points:
+            if point_D.shape != (self.dimension,):
+                raise InputError(f"distances to a vector of shape {tuple(point_D.shape)}: expected ({self.dimension},)")
+        return distances.squared_with(self._matrix_nD, self._rows_N, points, columns)
 
     def distances_to_N(self, v_D: Tensor) -> Tensor:  # noqa: N802
         """||x_i - v||_2, float64."""
         if v_D.shape != (self.dimension,):
             raise InputError(f"distances to a vector of shape {tuple(v_D.shape)}: expected ({self.dimension},)")
-        return distances.to_point(self._distance_blocks(), len(self), v_D.to(self.device), self.device)
+        return distances.to_point(self._matrix_nD, self._rows_N, v_D.detach().to(self.device))
 
     def norms_N(self) -> Tensor:  # noqa: N802
         """||x_i||_2, float64."""
-        return distances.to_point(self._distance_blocks(), len(self), None, self.device)
+        return distances.to_point(self._matrix_nD, self._rows_N, None)
 
     def per_coordinate(self, combine: Combine, rows: Tensor | Sequence[int] | None = None) -> Tensor:
-        """`combine` of every column over the rows (none: all), as (D,) of the input's dtype; needs little memory."""
+        """`combine` of every column over the rows (none: all), as (D,) of the input's dtype; needs little memory.
+
+        A value that sorts gives +0.0 for -0.0. Results do not depend on whether a compiled kernel or torch computes them.
+        """
         index = self._compose(rows)
         k = len(self._matrix_nD) if index is None else len(index)
         if k < combine.least:
             raise InputError(f"{combine} needs at least {combine.least} rows, got {k}")
+        compiled_D = kernels.per_coordinate(combine, self._matrix_nD, index)
+        if compiled_D is not None:
+            return compiled_D
         out_D = self._matrix_nD.new_empty(self.dimension)
         width = _WIDTH.get(self.device.type, _WIDTH["cuda"])
         for start, x_KC in self._blocks(width, index, copy=combine.ordered):
             if combine.ordered:
                 sort_columns_(x_KC)
             out_D[start : start + x_KC.shape[1]] = combine(x_KC)
-        return out_D
+        # Which zero a comparison of -0.0 and +0.0 leaves depends on the CPU and on the column; adding zero makes it +0.0.
+        return out_D.add_(0.0) if combine.ordered else out_D
 
     def weighted_sum(self, w_KN: Tensor) -> Tensor:
         """sum_i w_ki x_i as (K, D) of the input's dtype, summed in row order in float64.
@@ -111,7 +143,10 @@ class Updates:
         """
         if w_KN.ndim != 2 or w_KN.shape[1] != len(self) or not bool(w_KN.isfinite().all()):
             raise InputError(f"weights of shape {tuple(w_KN.shape)}: expected finite (K, {len(self)})")
-        w_KN = w_KN.to(self.device, torch.float64)
+        w_KN = w_KN.detach().to(self.device, torch.float64)
+        compiled_KD = weighted.weighted_sum(self._matrix_nD, self._rows_N, w_KN)
+        if compiled_KD is not None:
+            return compiled_KD
         limits = torch.finfo(self.dtype)
         out_KD = self._matrix_nD.new_empty((len(w_KN), self.dimension))
         width = _WIDTH.get(self.device.type, _WIDTH["cuda"])
@@ -133,10 +168,6 @@ class Updates:
         index_K = _index(rows, len(self), self.device)
         return index_K if self._rows_N is None else self._rows_N[index_K]
 
-    def _distance_blocks(self) -> Iterator[Tensor]:
-        for _, x_NC in self._blocks(distances.block_width(self.device), self._rows_N):
-            yield x_NC
-
     def _blocks(self, width: int, index_K: Tensor | None, *, copy: bool = False) -> Iterator[tuple[int, Tensor]]:
         """(first column, x_KC) per block; x_KC is scratch until the next one if copied or gathered, else a view."""
         matrix_nD = self._matrix_nD
@@ -155,6 +186,8 @@ class Updates:
             yield start, x_KC
 
     def _refuse_non_finite(self) -> None:
+        if distances.all_finite(self._matrix_nD, self._rows_N):
+            return
         rows = range(len(self)) if self._rows_N is None else self._rows_N.tolist()
         # NaN and infinities survive aminmax, which, unlike isfinite, needs no memory.
         extremes_N2 = torch.stack([torch.stack(torch.aminmax(self._matrix_nD[i])) for i in rows])

@@ -162,11 +162,13 @@ def _registry(kind: str) -> tuple[dict[str, type], Callable[[str, type], dict[st
 
 
 def _least(name: str, rule: type) -> dict[str, str]:
-    """The fewest updates, for a rule that can be built without being told anything."""
+    """What a rule claims; the fewest updates, if it can be built without being told anything."""
+    claims = sorted(str(claim) for claim in getattr(rule, "properties", ()))
+    more = {"claims": ", ".join(claims) or "nothing"}
     if _required(rule):
-        return {}
+        return more
     built: Any = rule()
-    return {"least n for f = 1, 2, 3": ", ".join(str(max(f, built.min_updates(f))) for f in (1, 2, 3))}
+    return {"least n for f = 1, 2, 3": ", ".join(str(max(f, built.min_updates(f))) for f in (1, 2, 3)), **more}
 
 
 def _target(name: str, attack: type) -> dict[str, str]:

@@ -173,6 +173,24 @@ class CheckpointConfig(Config):
     """Checkpoints kept; if the newest is damaged, the one before it is used."""
 
 
+class DiagnosticsConfig(Config):
+    """[diagnostics]: how a round's updates compare with its aggregate, in rounds.jsonl and the metrics: distances, cosines, the
+    quantities of (alpha, f)-resilience, the variance-norm ratio and the rule's bound. Without this section none is computed.
+    """
+
+    mode: Literal["sampled", "exact"] = "sampled"
+    """"exact" reads the whole matrix once more; "sampled" 65,536 of its columns, and is an estimate where there are more."""
+    every: PositiveInt = 1
+    """Rounds between two of them."""
+    byzantine: tuple[NonNegativeInt, ...] = ()
+    """Workers that are known to lie, in an experiment: the reference is the mean of the others; without, an estimate."""
+
+    @field_validator("byzantine", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
 class StartConfig(Config):
     """[start]: begin with the state that another run of the same settings left at a milestone."""
 
@@ -192,6 +210,7 @@ class RunConfig(Config):
     round: RoundConfig
     optimizer: OptimizerConfig
     evaluate: EvaluateConfig | None = None
+    diagnostics: DiagnosticsConfig | None = None
 
     @field_validator("name")
     @classmethod
@@ -215,6 +234,24 @@ class RunConfig(Config):
             raise ValueError(
                 f"task.local_momentum = {self.task.local_momentum}: workers keep that momentum, so no run can start from "
                 f"the state of another; remove milestones and start"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _known_liars(self) -> Self:
+        known = () if self.diagnostics is None else self.diagnostics.byzantine
+        if known and (max(known) >= self.round.n or len(set(known)) >= self.round.n):
+            raise ValueError(
+                f"diagnostics.byzantine = {list(known)}: expected some of the workers 0 to {self.round.n - 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_for_trust(self) -> Self:
+        if self.task.update == "parameters" and rules.trusted_samples(self.round.built_rule):
+            raise ValueError(
+                f"round.rule = {self.round.rule['name']} judges gradients by the server's own data, but workers push "
+                f'parameters; set task.update = "gradient" or take another rule'
             )
         return self
 
@@ -270,6 +307,7 @@ class ServerConfig(Config):
     round: RoundConfig
     optimizer: OptimizerConfig
     evaluate: EvaluateConfig | None = None
+    diagnostics: DiagnosticsConfig | None = None
     checkpoint: CheckpointConfig | None = None
     milestones: tuple[PositiveInt, ...] = ()
     """Rounds after which the state is kept for other runs to start from; needs output."""
@@ -324,6 +362,7 @@ class ServerConfig(Config):
             "name": self.name,
             **{s: getattr(self, s).model_dump(exclude_unset=True) for s in ("task", "round", "optimizer")},
             **({} if self.evaluate is None else {"evaluate": self.evaluate.model_dump()}),
+            **({} if self.diagnostics is None else {"diagnostics": self.diagnostics.model_dump()}),
             **({} if self.start is None else {"start": self.start.model_dump()}),
             "milestones": self.milestones,
         }

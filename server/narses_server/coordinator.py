@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from narses import datasets, flat
+from narses.diagnostics import as_line
 from narses.task import Task
 from narses_server.config import CheckpointConfig, RunConfig
 from narses_server.matrix import UpdateMatrix
@@ -53,7 +54,7 @@ class Run:
         self._watch = watch
         dataset = datasets.load(datasets.make(config.task.dataset, trusted=True), data_dir)
         module = initial_model(config.task, dataset)
-        self.state = state = State(config, module, watch, output=output, checkpoint=checkpoint)
+        self.state = state = State(config, module, watch, output=output, checkpoint=checkpoint, dataset=dataset)
         self._first_round = 0 if state.resumed is None else state.resumed.rounds
         self.task = Task(
             run_id=state.run_id,
@@ -278,17 +279,19 @@ class Run:
         seconds = self._now() - opened
         phases = {"collect": collected - opened, **closed.seconds}
         self._watch.closed(decision.rows, closed.selected, closed.norm, seconds, phases)
-        self._scores.line(
-            {
-                "round": index,
-                "outcome": "completed",
-                "participants": len(decision.rows),
-                "selected": closed.selected,
-                "refused": self.refused_this_round,
-                "aggregate_norm": closed.norm,
-                "seconds": round(seconds, 6),
-            }
-        )
+        line = {
+            "round": index,
+            "outcome": "completed",
+            "participants": len(decision.rows),
+            "selected": closed.selected,
+            "refused": self.refused_this_round,
+            "aggregate_norm": closed.norm,
+            "seconds": round(seconds, 6),
+        }
+        if closed.diagnostics is not None:
+            self._watch.diagnosed(decision.rows, closed.diagnostics)
+            line["diagnostics"] = as_line(decision.rows, closed.diagnostics)
+        self._scores.line(line)
         if self._scores.due(index + 1):
             await self._scores.evaluate_beside(index + 1, self.state.parameters_D)
         return closed.published

@@ -64,6 +64,6 @@ def _folder(output: Path, run: str) -> Path:
 
 def _settings(config: RunConfig) -> str:
     """A hash of what a state depends on: not the run's name, nor how long it is played."""
-    tree = config.model_dump(mode="json", exclude={"name", "milestones", "start"})
+    tree = config.model_dump(mode="json", exclude={"name", "milestones", "start", "diagnostics"})
     del tree["round"]["rounds"]
     return config_hash(tree)

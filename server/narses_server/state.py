@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from narses import flat, rules
+from narses.datasets import Dataset
+from narses.diagnostics import Diagnostics, diagnose
 from narses.errors import CheckpointError, InputError
 from narses.rpc.convert import table_to_wire
 from narses.rules import Aggregation, Context, Property
@@ -27,6 +29,7 @@ from narses_server.config import CheckpointConfig, RunConfig
 from narses_server.milestones import Milestones, start_of
 from narses_server.model import Optimizer, norm_if_finite, payload, subtract
 from narses_server.published import Published
+from narses_server.trusted import TrustedData
 from narses_server.watch import Watch
 
 _RULE = "rule."  # what the names of the rule's tensors begin with in a checkpoint
@@ -39,6 +42,7 @@ class Closed(NamedTuple):
     selected: tuple[int, ...] | None  # worker ids used whole by the rule
     norm: float
     seconds: dict[str, float]  # phase -> seconds
+    diagnostics: Diagnostics | None = None  # where this round has some; rows are those that the rule was given
 
 
 class Extra(NamedTuple):
@@ -59,14 +63,22 @@ class State:
         *,
         output: Path | None = None,
         checkpoint: CheckpointConfig | None = None,
+        dataset: Dataset | None = None,
     ) -> None:
-        """A fresh state with the parameters of `module`, or, with checkpoint, the one an earlier process got to."""
+        """A fresh state with the parameters of `module`, or, with checkpoint, the one an earlier process got to.
+
+        dataset: the server's own, for rules that judge updates by samples of it.
+        """
         self.parameters_D = flat.flatten(module).contiguous()
         self.rule = config.round.built_rule
         self.rule_table = table_to_wire(rules.rule_table(self.rule))
         # Parameters are aggregated as they are by rules that move with them, else as their differences to the round's.
         moves = Property.TRANSLATION in getattr(self.rule, "properties", ())
         self._differences = config.task.update == "parameters" and not moves
+        samples = rules.trusted_samples(self.rule)
+        seed = config.task.seed
+        self._trusted = TrustedData(module, dataset, seed, samples) if samples and dataset is not None else None
+        self._diagnostics, self._rule_name = config.diagnostics, str(config.round.rule["name"])
         self.durable_round: int | None = None
         self.resumed: Checkpoint | None = None
         self._optimizer = Optimizer(config.optimizer, len(self.parameters_D))
@@ -116,13 +128,14 @@ class State:
             parameters_D=self.parameters_D,
             learning_rate=self.learning_rate(index),
             state=self._rule_state,
-            trusted=None,
+            trusted=None if self._trusted is None else self._trusted.batch(index),
         )
         aggregation = self.rule(updates, f, context)
         self._rule_state = _kept(aggregation, self.rule_table)
         selected = None if aggregation.selected is None else tuple(rows[i] for i in aggregation.selected.tolist())
         vector_D = aggregation.vector_D
         parameters = task.update == "parameters"
+        diagnosis = self._diagnose(updates, vector_D, rows, f, index, parameters and not self._differences)
         norm = norm_if_finite(vector_D, minus_D=self.parameters_D if parameters and not self._differences else None)
         if norm is None:
             raise InputError(
@@ -150,7 +163,25 @@ class State:
         clock.append(time.perf_counter())
         phases = ("aggregate", "apply", "publish", "checkpoint")
         seconds = {phase: b - a for phase, a, b in zip(phases, clock, clock[1:], strict=False)}
-        return Closed(published, selected, norm, seconds)
+        return Closed(published, selected, norm, seconds, diagnosis)
+
+    def _diagnose(
+        self, updates: Updates, vector_D: Tensor, rows: tuple[int, ...], f: int, index: int, parameters: bool
+    ) -> Diagnostics | None:
+        """Before the step, which takes the aggregate's memory. parameters: the rows are such, measured from the round's."""
+        config = self._diagnostics
+        if config is None or index % config.every:
+            return None
+        honest = [i for i, worker in enumerate(rows) if worker not in config.byzantine]
+        return diagnose(
+            updates,
+            vector_D,
+            f,
+            origin_D=self.parameters_D if parameters else None,
+            honest=honest if config.byzantine and honest else None,
+            rule=self._rule_name,
+            sample=config.mode == "sampled",
+        )
 
     def _due(self, rounds: int, last: int) -> bool:
         return self._checkpoints is not None and (rounds == last or rounds % self._every == 0)
@@ -176,8 +207,8 @@ class State:
 
 
 def lineage(config: RunConfig) -> str:
-    """The hash that ties checkpoints to the run: where it started, and what it leaves for others, make no other run."""
-    return config_hash(config.model_dump(mode="json", exclude={"milestones", "start"}))
+    """The hash that ties checkpoints to the run: where it started, what it leaves and what is watched make no other run."""
+    return config_hash(config.model_dump(mode="json", exclude={"milestones", "start", "diagnostics"}))
 
 
 def _kept(aggregation: Aggregation, rule: str) -> dict[str, Tensor] | None:

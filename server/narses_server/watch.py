@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
+from narses.diagnostics import Diagnostics
 from narses.observe.metrics import Metrics
 from narses.rpc.status import REFUSALS
 from narses_server.config import RunConfig
@@ -106,6 +108,24 @@ class Watch:
         for worker in rows if selected is None else selected:
             m.inc("narses_server_worker_selected_total", worker=m.worker(worker))
 
+    def diagnosed(self, rows: tuple[int, ...], found: Diagnostics) -> None:
+        """How the updates of workers `rows` compare with the aggregate."""
+        m = self.metrics
+        reference = "estimate" if found.estimate else "honest_oracle"
+        for name, values_N in (("distance", found.distances_N), ("norm", found.norms_N)):
+            usual = float(values_N.median())
+            for worker, value in zip(rows, values_N.tolist(), strict=True):
+                ratio = value / usual if usual > 0 else 0.0
+                m.set(f"narses_server_worker_{name}_ratio", _finite(ratio), worker=m.worker(worker))
+        for worker, cosine in zip(rows, found.cosines_N.tolist(), strict=True):
+            m.set("narses_server_worker_cosine", _finite(cosine), worker=m.worker(worker))
+        m.set("narses_server_resilience_inner_product_ratio", _finite(found.inner_ratio), reference=reference)
+        angle = math.acos(found.cosine) if math.isfinite(found.cosine) else 0.0
+        m.set("narses_server_resilience_angle_radians", angle, reference=reference)
+        m.set("narses_server_gradient_deviation_ratio", _finite(found.variance_norm_ratio))
+        if found.bound is not None:
+            m.set("narses_server_resilience_sin_alpha_bound", _finite(found.variance_norm_ratio / found.bound))
+
     def checkpointed(self, rounds: int, size: int, seconds: float) -> None:
         """The state after `rounds` rounds is durable."""
         m = self.metrics
@@ -126,3 +146,8 @@ class Watch:
         m.set("narses_server_model_test_loss", loss)
         m.set("narses_server_model_evaluated_timestamp_seconds", time.time())
         m.observe("narses_server_round_phase_duration_seconds", seconds, phase="evaluate")
+
+
+def _finite(value: float) -> float:
+    """A gauge has no "not defined": 0, as before the first round."""
+    return value if math.isfinite(value) else 0.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from torch import Tensor
 
 import narses
 from narses.errors import ConfigError, InputError
-from narses.rules import RULES, Aggregation, Property, Rule, check, make, rule_table
+from narses.rules import RULES, Aggregation, Context, Property, Rule, check, make, rule_table, trusted_samples
 from narses.updates import Updates
 from tests.oracles import rules as oracle
+from tests.oracles import trust
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Case:
 
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "arc": [{}, {"rule": {"name": "krum"}}],
+    "bucketing": [{}, {"size": 3, "seed": 5}, {"rule": {"name": "median"}}],
+    "brute": [{}, {"p": 1.0}, {"p": "inf"}],
     "bulyan": [
         {},
         {"theta": "n-2f-2", "middle": "upper"},
@@ -48,18 +53,56 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"middle": "midpoint"},
         {"p": "inf"},
         {"theta": "n-2f-2", "keep": "n-4f-1"},
+        {"theta": "n-2f-2", "middle": "upper", "inner": {"name": "multi-krum"}},
+        {"p": 1.0, "inner": {"name": "medoid"}},
+        {"inner": {"name": "brute"}},
+        {"inner": {"name": "geometric-median"}},
+        {"inner": {"name": "median"}},
     ],
+    "caf": [{}],
+    "centered-clipping": [{}, {"radius": 0.5, "iterations": 3}],
+    "clipping": [{}, {"radius": 0.5, "rule": {"name": "krum"}}],
+    "dnc": [{}, {"iterations": 3, "subsample": 4, "c": 0.5, "seed": 3}],
+    "fl-trust": [{}],
+    "geometric-median": [{}],
     "krum": [{}, {"p": 1.0}, {"p": "inf"}, {"p": 3.0}, {"neighbours": "n-f", "power": 1}, {"neighbours": "n-f-1"}],
     "mean": [{}],
     "mean-around-median": [{}, {"keep": "n-2f"}, {"keep": "n-f-1"}],
     "median": [{}],
+    "medoid": [{}, {"p": 1.0}, {"p": "inf"}],
     "multi-krum": [{}, {"m": 2}, {"m": 1, "p": 1.0}, {"neighbours": "n-f-1", "power": 1}],
+    "nnm": [{}, {"rule": {"name": "krum"}}, {"rule": {"name": "arc", "rule": {"name": "median"}}}],
+    "phocas": [{}],
+    "sign-guard": [{}, {"fraction": 1.0, "lower": 0.5, "upper": 1.5, "quantile": 0.3}],
     "trimmed-mean": [{}],
+    "two-means": [{"threshold": 1.0}, {"threshold": 0.0}, {"threshold": 1.7, "relative": True}],
+    "zeno": [{}, {"penalty": "mean", "rho_ratio": 10.0}],
 }
 # Sums of roots of whole numbers are rounded, so equal sums of different terms need not be equal in two orders of summation.
 ROUNDED = [{"p": 3.0}, {"power": 1}, {"neighbours": "n-f", "power": 1}, {"neighbours": "n-f-1", "power": 1}]
+# What these decide is not exact for whole numbers: eigenvectors, losses, distances between means or shortened rows.
+NEVER_EXACT = [
+    *({"name": name} for name in ("caf", "dnc", "geometric-median", "zeno")),
+    *({"name": name, "rule": {"name": "krum"}} for name in ("arc", "nnm")),
+    {"name": "clipping", "radius": 0.5, "rule": {"name": "krum"}},
+]
+# Their weights follow from lengths and distances, which for float32 rows are summed in part in float32, or their rows are
+# rounded before the second rule: the error is relative to the result's largest coordinate, not to each.
+WEIGHING = {
+    *("arc", "bucketing", "caf", "centered-clipping", "clipping", "fl-trust", "geometric-median", "nnm", "sign-guard"),
+}
+
+
+def is_exact(name: str, fields: dict[str, Any]) -> bool:
+    if (name, fields) == ("medoid", {}):
+        return False  # it sums roots
+    if {"name": name} in NEVER_EXACT or {"name": name, **fields} in NEVER_EXACT:
+        return False
+    return fields not in ROUNDED and fields.get("inner", {}) == {}
+
+
 CASES = [
-    Case({"name": name, **fields}, exact=fields not in ROUNDED and fields.get("inner", {}) == {})
+    Case({"name": name, **fields}, exact=is_exact(name, fields))
     for name, variants in VARIANTS.items()
     for fields in variants
 ]
@@ -72,6 +115,11 @@ def normal(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def required(name: str) -> set[str]:
+    """The fields that a rule has no default for."""
+    return {f.name for f in dataclasses.fields(cast(Any, RULES[name])) if f.default is dataclasses.MISSING}
+
+
 def sizes(case: Case) -> list[tuple[int, int]]:
     """(n, f): the fewest updates and a few more, without, with one and with three Byzantine ones."""
     return [(max(case.rule.min_updates(f), f) + more, f) for f in (0, 1, 3) for more in (0, 1, 4)]
@@ -82,8 +130,24 @@ def sizes_away_from_ties(case: Case) -> list[tuple[int, int]]:
     return [(n, f) for n, f in sizes(case) if f]
 
 
+def context(case: Case, x_ND: Tensor) -> Context | None:
+    """None, except for rules that cannot be called without trusted data."""
+    return trust.context(x_ND.shape[1]) if trusted_samples(case.rule) else None
+
+
 def run(case: Case, x_ND: Tensor, f: int) -> Aggregation:
-    return case.rule(Updates.of(x_ND), f)
+    return case.rule(Updates.of(x_ND), f, context(case, x_ND))
+
+
+def gives_back(case: Case, row_D: Tensor) -> bool:
+    """Whether MUST 8 binds the rule for this row. It cannot bind three rules that set lengths: tested in their own files."""
+    match case.table["name"]:
+        case "fl-trust":
+            return False  # every update gets the length of the server's own gradient
+        case "centered-clipping" | "clipping":
+            # The first step is from zero, and by the radius at most; no update is longer than the radius.
+            return float(row_D.double().norm()) <= case.rule.radius  # type: ignore[attr-defined]
+    return True
 
 
 def claiming(claimed: Property) -> Any:
@@ -92,7 +156,8 @@ def claiming(claimed: Property) -> Any:
 
 def test_every_registry_entry_is_tested() -> None:
     assert VARIANTS.keys() == RULES.keys() == oracle.ORACLES.keys()
-    assert all({} in variants for variants in VARIANTS.values())
+    for name, variants in VARIANTS.items():
+        assert any(variant.keys() == required(name) for variant in variants), name
 
 
 def test_the_documented_table_of_claims_is_the_rules_own() -> None:
@@ -100,7 +165,8 @@ def test_the_documented_table_of_claims_is_the_rules_own() -> None:
     rows = [line.strip("|").split("|") for line in page.read_text().splitlines() if line.startswith("| `")]
     order = [
         {Property.PERMUTATION},
-        {Property.TRANSLATION, Property.SCALING},
+        {Property.TRANSLATION},
+        {Property.SCALING},
         {Property.INPUT_RANGE},
         {Property.HONEST_RANGE},
         {Property.HONEST_WIDTH},
@@ -132,7 +198,8 @@ def test_table_round_trip(case: Case) -> None:
 
     assert make(json.loads(json.dumps(table, allow_nan=False)), trusted=False) == case.rule
     assert rule_table(make(table)) == table
-    assert rule_table(make(case.table["name"])) == {"name": case.table["name"]}
+    least = {key: case.table[key] for key in ("name", *required(case.table["name"]))}
+    assert rule_table(make(least)) == least
 
 
 @every_case
@@ -194,10 +261,15 @@ def test_agrees_with_the_paper_in_float64(case: Case, dtype: torch.dtype) -> Non
         vector_D, selected, scores = case.oracle(x_ND, f)
 
         tolerance = 1e-7 if dtype == torch.float32 else 1e-13
-        np.testing.assert_allclose(result.vector_D.double().numpy(), vector_D, rtol=tolerance, atol=1e-14 * scale)
+        rounded = case.table["name"] in WEIGHING and dtype == torch.float32
+        absolute = 1e-6 * np.abs(vector_D).max() if rounded else 1e-14 * scale
+        if case.table["name"] == "geometric-median" and not rounded:
+            absolute = 1e-8 * np.abs(vector_D).max()  # where its iteration ends
+        np.testing.assert_allclose(result.vector_D.double().numpy(), vector_D, rtol=tolerance, atol=absolute)
         assert (None if result.selected is None else result.selected.tolist()) == selected
         if scores is not None and result.scores is not None:
-            np.testing.assert_allclose(result.scores.numpy(), scores, rtol=1e-12)
+            # A float32 distance is right to 1e-6 of itself (narses.kernels.distances), its square to 2e-6.
+            np.testing.assert_allclose(result.scores.numpy(), scores, rtol=2e-6 if dtype == torch.float32 else 1e-12)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.exact], ids=str)
@@ -219,6 +291,9 @@ def test_identical_rows_give_that_row(case: Case, value: float) -> None:
     for n, f in sizes(case):
         result = run(case, torch.full((n, 3), value), f)
 
+        if not gives_back(case, torch.full((3,), value)):
+            assert bool(result.vector_D.isfinite().all())
+            continue
         assert torch.equal(result.vector_D, torch.full((3,), value))
         if result.selected is not None and len(result.selected) == 1:
             assert int(result.selected[0]) == 0
@@ -259,7 +334,7 @@ def test_bits_do_not_depend_on_threads_or_on_where_the_rows_lie(case: Case) -> N
         four = run(case, x_ND, f)
     finally:
         torch.set_num_threads(threads)
-    elsewhere = case.rule(Updates.of(spread_nP[:, :3001], rows=list(range(0, 2 * n, 2))), f)
+    elsewhere = case.rule(Updates.of(spread_nP[:, :3001], rows=list(range(0, 2 * n, 2))), f, context(case, x_ND))
 
     for other in (four, elsewhere):
         assert torch.equal(one.vector_D, other.vector_D)
@@ -356,8 +431,9 @@ def test_aggregate_takes_names_tables_rules_arrays_and_lists(case: Case) -> None
     expected_D = run(case, x_ND, 1).vector_D
 
     for rule, x in ((case.table, x_ND), (case.rule, x_ND.numpy()), (rule_table(case.rule), Updates.of(x_ND))):
-        assert torch.equal(narses.aggregate(rule, x, 1).vector_D, expected_D)
-    torch.testing.assert_close(narses.aggregate(case.table, x_ND.tolist(), 1).vector_D, expected_D)
+        assert torch.equal(narses.aggregate(rule, x, 1, context(case, x_ND)).vector_D, expected_D)
+    listed_D = narses.aggregate(case.table, x_ND.tolist(), 1, context(case, x_ND)).vector_D
+    torch.testing.assert_close(listed_D, expected_D)
 
 
 @pytest.mark.gpu
@@ -370,5 +446,6 @@ def test_gpu_agrees_with_cpu(case: Case) -> None:
         there, here = run(case, x_ND.cuda(), f), run(case, x_ND, f)
 
         assert there.vector_D.is_cuda
-        torch.testing.assert_close(there.vector_D.cpu(), here.vector_D, rtol=2e-7, atol=1e-12)
+        absolute = 1e-6 * float(here.vector_D.abs().max()) if case.table["name"] in WEIGHING else 1e-12
+        torch.testing.assert_close(there.vector_D.cpu(), here.vector_D, rtol=2e-7, atol=absolute)
         assert here.selected is None or torch.equal(there.selected, here.selected)  # type: ignore[arg-type]

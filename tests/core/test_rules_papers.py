@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,6 +145,28 @@ def test_bulyan_elects_again_after_each_removal() -> None:
     assert narses.aggregate({"name": "multi-krum", "m": 5}, x_ND, 1).selected.tolist() == [1, 2, 3, 4, 5]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("inner", "order"),
+    [
+        # By hand. The outputs: 4; 3 (7 too); 7; 2 (20 too); 20.
+        ({"name": "medoid"}, [3, 2, 4, 1, 5]),
+        ({"name": "geometric-median"}, [3, 2, 4, 1, 5]),
+        # 4; 5, as near to 3 as to 7; 7; 11, as near to 2 as to 20; 20.
+        ({"name": "median"}, [3, 2, 4, 1, 5]),
+        # The means of 3, 4, 2, 1; of 4, 3, 1; of 4, 1 (7 scores as 1); 4 (7 too); 7 (20 too).
+        ({"name": "multi-krum"}, [1, 2, 0, 3, 4]),
+        # The means of all but the largest: 6.2; 6; 6.5; 7.7; 10.5, as near to 1 as to 20.
+        ({"name": "brute"}, [4, 3, 2, 1, 0]),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_bulyan_elects_what_is_nearest_the_inner_rule_s_output(inner: dict[str, Any], order: list[int]) -> None:
+    """n = 7 and f = 1, at 1, 2, 3, 4, 7, 20, 50."""
+    x_ND = columns(1.0, 2.0, 3.0, 4.0, 7.0, 20.0, 50.0)
+
+    assert make(inner).selection_order(Updates.of(x_ND), 1, 5) == order  # type: ignore[attr-defined]
+
+
 def test_bulyan_s_proposition_2_does_not_hold_per_coordinate() -> None:
     """El Mhamdi et al., Proposition 2, takes every kept value to lie between two honest ones.
 
@@ -191,6 +216,37 @@ def test_shift_under_a_little_is_enough(table: dict[str, Any], shift: float) -> 
     assert sum(shifts) / len(shifts) == pytest.approx(shift, abs=0.03)
 
 
+def test_the_documented_least_n_is_the_rules_own() -> None:
+    page = Path(__file__).parents[2] / "docs" / "rules.md"
+    lines = [line.strip("|").split("|") for line in page.read_text().splitlines() if line.startswith("| `")]
+    documented = {cells[0].strip(" `"): cells[2].strip() for cells in lines}
+    assert {
+        "brute",
+        "bulyan",
+        "geometric-median",
+        "krum",
+        "medoid",
+        "multi-krum",
+        "phocas",
+        "two-means",
+    } <= documented.keys()
+
+    for name, formula in documented.items():
+        rule = make({"name": name, "threshold": 1.0} if name == "two-means" else name)
+        factor, _, rest = formula.rpartition("f + ")
+        for f in range(1, 9):
+            assert rule.min_updates(f) == int(factor or "f" in formula) * f + int(rest), name
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"`(\{name = .*?\})`", (Path(__file__).parents[2] / "docs" / "rules.md").read_text())
+)
+def test_what_the_page_of_rules_says_to_write_is_a_rule(line: str) -> None:
+    text = line.replace("threshold = ...", "threshold = 1.0").replace("m = n - f", "m = 5")
+
+    make(tomllib.loads(f"rule = {text}")["rule"])
+
+
 def test_check_says_what_is_wrong_and_what_to_do() -> None:
     with pytest.raises(ConfigError) as caught:
         check(make("bulyan"), 40, 12)
@@ -201,7 +257,7 @@ def test_check_says_what_is_wrong_and_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("crum", "unknown rule 'crum': expected one of bulyan"),
+        ("crum", "unknown rule 'crum': expected one of arc"),
         ({"name": "krum", "q": 2}, "rule 'krum': unknown key q"),
         ({"name": "krum", "p": 0.5}, "p = 0.5: expected a number >= 1 or inf"),
         ({"name": "krum", "p": math.nan}, "p = nan"),
@@ -209,8 +265,20 @@ def test_check_says_what_is_wrong_and_what_to_do() -> None:
         ({"name": "krum", "power": 3}, "power = 3"),
         ({"name": "multi-krum", "m": 0}, "m = 0"),
         ({"name": "mean-around-median", "keep": "n"}, "keep = 'n'"),
-        ({"name": "bulyan", "inner": "median"}, "cannot repeat 'median': expected one of krum"),
-        ({"name": "bulyan", "inner": "multi-krum"}, "cannot repeat 'multi-krum'"),
+        (
+            {"name": "bulyan", "inner": "mean"},
+            "cannot repeat 'mean': expected one of brute, geometric-median, krum, median, medoid, multi-krum",
+        ),
+        ({"name": "bulyan", "p": 1.0, "inner": "median"}, "Median mixes updates, which bulyan repeats for p = 2 only"),
+        ({"name": "bulyan", "p": "inf", "inner": "brute"}, "Brute mixes updates, which bulyan repeats for p = 2 only"),
+        ({"name": "bulyan", "inner": {"name": "brute", "p": 1.0}}, "p = 1.0 differs from bulyan's p = 2.0"),
+        ("two-means", "threshold is required"),
+        ({"name": "two-means", "threshold": -1.0}, "threshold = -1.0"),
+        ({"name": "two-means", "threshold": math.inf}, "threshold = inf"),
+        ({"name": "brute", "max_nodes": 0}, "max_nodes = 0"),
+        ({"name": "geometric-median", "tolerance": 0.0}, "tolerance = 0.0"),
+        ({"name": "geometric-median", "tolerance": math.nan}, "tolerance = nan"),
+        ({"name": "geometric-median", "smoothing": math.inf}, "smoothing = inf"),
         ({"name": "bulyan", "inner": {"name": "krum", "r": 1}}, "rule 'krum': unknown key r"),
         ({"name": "bulyan", "inner": {"name": "krum", "p": 1.0}}, "p = 1.0 differs from bulyan's p = 2.0"),
         ({"name": "bulyan", "inner": "nobody"}, "unknown rule 'nobody'"),

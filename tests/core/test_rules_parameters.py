@@ -17,7 +17,12 @@ from narses import rules
 from narses.rules import Property
 from narses.updates import Updates
 
-TABLES: list[Any] = [*rules.RULES, {"name": "krum", "p": 1.5}, {"name": "mean-around-median", "keep": "n-2f"}]
+REQUIRED = {"two-means": {"threshold": 1.0}}  # fields without a default
+TABLES: list[Any] = [
+    *({"name": name, **REQUIRED[name]} if name in REQUIRED else name for name in rules.RULES),
+    {"name": "krum", "p": 1.5},
+    {"name": "mean-around-median", "keep": "n-2f"},
+]
 MOVING = [
     table
     for table in TABLES

@@ -91,12 +91,22 @@ def test_types_and_defaults_are_in_the_words_of_a_configuration_file():
 
 def test_the_least_number_of_updates_is_the_one_that_the_rule_accepts():
     for entry in entries("rules"):
+        needs = any(field.default == "required" for field in entry.fields)
+        assert needs == ("least n for f = 1, 2, 3" not in entry.more)
+        if needs:
+            continue
         least = [int(word) for word in entry.more["least n for f = 1, 2, 3"].split(", ")]
         for f, n in enumerate(least, start=1):
             rule = RULES[entry.name]()
             check(rule, n, f)
             with pytest.raises(ConfigError):
                 check(rule, n - 1, f)
+
+
+def test_what_a_rule_claims_is_said():
+    claims = {entry.name: entry.more["claims"] for entry in entries("rules")}
+    assert claims["krum"] == "input-range, is-input, permutation, scaling, translation"
+    assert claims["arc"] == "nothing"
 
 
 def test_parameters_are_those_of_the_model_on_its_data_set():

@@ -68,7 +68,7 @@ MISTAKES: dict[str, tuple[str, Any, str]] = {
         5,
         "Krum with f = 5 needs n >= 13 updates but has n = 12: add 1 or declare f <= 4",
     ),
-    "an unknown rule": ("round.rule", "krumm", "unknown rule 'krumm': expected one of bulyan, krum, mean"),
+    "an unknown rule": ("round.rule", "krumm", "unknown rule 'krumm': expected one of arc, brute"),
     "an unknown field of a rule": (
         "round.rule",
         {"name": "krum", "q": 2},

@@ -218,6 +218,52 @@ def _server() -> tuple[Metric, ...]:
             "Euclidean norm of the last aggregate; worry when it jumps or sticks near 0.",
         ),
         metric(
+            "worker_distance_ratio",
+            "gauge",
+            "Distance of the worker's last update to the aggregate over the median of all such distances ([diagnostics]); "
+            "about 1 is normal, worry at several times that, and at exact copies of somebody else's value.",
+            worker=None,
+        ),
+        metric(
+            "worker_norm_ratio",
+            "gauge",
+            "Norm of the worker's last update over the median of all norms ([diagnostics]); about 1 is normal.",
+            worker=None,
+        ),
+        metric(
+            "worker_cosine",
+            "gauge",
+            "Cosine between the worker's last update and the aggregate ([diagnostics]); worry when one worker's stays "
+            "below 0 while the others' do not.",
+            worker=None,
+        ),
+        metric(
+            "resilience_inner_product_ratio",
+            "gauge",
+            "Inner product of the aggregate and g over g's own square ([diagnostics]), where g is the mean of the honest "
+            "updates if the configuration knows who lies (`honest_oracle`), else of the updates nearest the aggregate "
+            "(`estimate`); (alpha, f)-resilience wants its mean at 1 - sin alpha or more, worry at 0 or below.",
+            reference=("honest_oracle", "estimate"),
+        ),
+        metric(
+            "resilience_angle_radians",
+            "gauge",
+            "Angle between the aggregate and g, as above; worry at pi / 2: the step is no descent.",
+            reference=("honest_oracle", "estimate"),
+        ),
+        metric(
+            "gradient_deviation_ratio",
+            "gauge",
+            "Root mean square distance of the updates to g over the norm of g ([diagnostics]): how noisy they are beside what "
+            "they agree on; grows late in training.",
+        ),
+        metric(
+            "resilience_sin_alpha_bound",
+            "gauge",
+            "The deviation ratio over what the rule's theorem allows ([diagnostics]; 0 where no bound is known); at 1 or above "
+            "nothing is guaranteed, which is usual in practice.",
+        ),
+        metric(
             "worker_pushes_total",
             "counter",
             "Verdicts per logical worker of the roster; `unknown` is everybody else; worry when one worker's verdicts "

@@ -13,11 +13,13 @@ A rule is a frozen pydantic dataclass in one file; being listed in RULES buys it
  6. Exact ties MUST go to the smallest row; equal values inside a coordinate to the smaller value.
  7. The same input MUST give the same bits on one machine's CPU, whatever torch's thread count; randomness MUST be a
     function of (a seed field, context.round).
- 8. Identical rows MUST give that row, at every f the rule accepts; in float32 exactly.
+ 8. Identical rows MUST give that row, at every f the rule accepts; in float32 exactly. Exempt are rules whose formula
+    sets lengths, each named with its reason in the contract tests (`gives_back`).
  9. Hyper-parameters MUST be fields, with defaults from the paper's text; f MUST NOT be one. min_updates MUST NOT fall
     as f grows.
 10. `properties` MUST list what the rule claims (`Property`), and no more.
-11. `selected` MUST hold the rows used whole, ascending; None where every row has a say.
+11. `selected` MUST hold the rows used whole, or whole but shortened, ascending; None where every row has a say, or where
+    rows were mixed before.
 """
 
 from __future__ import annotations
@@ -28,42 +30,88 @@ from typing import Any, cast
 
 from narses.errors import ConfigError
 from narses.registry import build
-from narses.rules.base import Aggregation, Context, Property, Rule, check, require
+from narses.rules.base import Aggregation, Context, Property, Rule, TrustedBatch, check, require, trusted_samples
+from narses.rules.brute import Brute
+from narses.rules.bucketing import Bucketing
 from narses.rules.bulyan import Bulyan
+from narses.rules.caf import Caf
+from narses.rules.centered_clipping import CenteredClipping
+from narses.rules.clipping import Arc, Clipping
+from narses.rules.dnc import Dnc
+from narses.rules.fl_trust import FlTrust
+from narses.rules.geometric_median import GeometricMedian
 from narses.rules.krum import Krum, MultiKrum, krum_scores
 from narses.rules.mean import Mean
 from narses.rules.mean_around_median import MeanAroundMedian
 from narses.rules.median import Median
+from narses.rules.medoid import Medoid
+from narses.rules.nnm import Nnm
+from narses.rules.phocas import Phocas
+from narses.rules.sign_guard import SignGuard
 from narses.rules.trimmed_mean import TrimmedMean
+from narses.rules.two_means import TwoMeans
+from narses.rules.zeno import Zeno
 
 __all__ = [
     "RULES",
     "Aggregation",
+    "Arc",
+    "Brute",
+    "Bucketing",
     "Bulyan",
+    "Caf",
+    "CenteredClipping",
+    "Clipping",
     "Context",
+    "Dnc",
+    "FlTrust",
+    "GeometricMedian",
     "Krum",
     "Mean",
     "MeanAroundMedian",
     "Median",
+    "Medoid",
     "MultiKrum",
+    "Nnm",
+    "Phocas",
     "Property",
     "Rule",
+    "SignGuard",
     "TrimmedMean",
+    "TrustedBatch",
+    "TwoMeans",
+    "Zeno",
     "check",
     "krum_scores",
     "make",
     "require",
     "rule_table",
+    "trusted_samples",
 ]
 
 RULES: dict[str, type] = {
+    "arc": Arc,
+    "brute": Brute,
+    "bucketing": Bucketing,
     "bulyan": Bulyan,
+    "caf": Caf,
+    "centered-clipping": CenteredClipping,
+    "clipping": Clipping,
+    "dnc": Dnc,
+    "fl-trust": FlTrust,
+    "geometric-median": GeometricMedian,
     "krum": Krum,
     "mean": Mean,
     "mean-around-median": MeanAroundMedian,
     "median": Median,
+    "medoid": Medoid,
     "multi-krum": MultiKrum,
+    "nnm": Nnm,
+    "phocas": Phocas,
+    "sign-guard": SignGuard,
     "trimmed-mean": TrimmedMean,
+    "two-means": TwoMeans,
+    "zeno": Zeno,
 }
 
 _DEEPEST_TABLE = 8

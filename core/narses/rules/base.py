@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from narses.errors import ConfigError, InputError
@@ -30,6 +30,16 @@ class Aggregation(NamedTuple):
     state: Mapping[str, Tensor] | None = None  # of the few stateful rules, named: handed back next round, checkpointed
 
 
+class TrustedBatch(Protocol):
+    """A few samples of the server's own data, drawn anew for every round; for rules that judge updates by them."""
+
+    def gradient(self, parameters_D: Tensor) -> Tensor:
+        """The gradient of `loss` at `parameters_D` (D,), as (D,) float32 on the CPU."""
+
+    def loss(self, parameters_D: Tensor) -> float:
+        """The mean loss over the samples at `parameters_D` (D,)."""
+
+
 @dataclass(frozen=True)
 class Context:
     """The round a rule is called in, for the few that need it; randomness is a function of (the rule's seed, round)."""
@@ -38,7 +48,7 @@ class Context:
     parameters_D: Tensor | None = None
     learning_rate: float | None = None
     state: Mapping[str, Tensor] | None = None  # what the rule's last call returned; after a resume it is on the CPU
-    trusted: object | None = None  # the server's own data, for rules that score updates on it
+    trusted: TrustedBatch | None = None  # for rules with trusted_samples > 0
 
 
 class Property(StrEnum):
@@ -66,6 +76,16 @@ class Rule(Protocol):
     def __call__(self, updates: Updates, f: int, context: Context | None = None) -> Aggregation: ...
 
 
+def trusted_samples(rule: object) -> int:
+    """How many samples of the server's own data `rule` wants in `Context.trusted`; 0: it needs none."""
+    return int(getattr(rule, "trusted_samples", 0))
+
+
+def round_of(context: Context | None) -> int:
+    """The round that randomness is drawn for: 0 where a rule is called without a context."""
+    return 0 if context is None else context.round
+
+
 def _norm_from_text(value: Any) -> Any:
     return math.inf if value == "inf" else value
 
@@ -78,6 +98,9 @@ def _check_norm(value: float) -> float:
 
 # The p of an l_p norm. The text "inf" is what JSON has for infinity.
 Norm = Annotated[float, BeforeValidator(_norm_from_text), AfterValidator(_check_norm)]
+
+# A length, a ratio: larger than 0 and finite.
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def check(rule: Rule, n: int, f: int) -> None:

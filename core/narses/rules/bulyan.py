@@ -21,11 +21,15 @@ _MIDDLE: dict[str, Combine] = {"lower": LowerMedian(), "upper": UpperMedian(), "
 
 @runtime_checkable
 class Inner(Protocol):
-    """What a rule offers to be repeated inside Bulyan, deciding from distances alone."""
+    """What a rule offers to be repeated inside Bulyan."""
 
     @property
     def p(self) -> float:
         """The norm of its distances."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether its output is a mixture of updates, whose distances only for p = 2 follow from those between updates."""
 
     def selection_order(self, updates: Updates, f: int, count: int) -> list[int]:
         """`count` rows, one after another: the one closest to the rule's output on what remains, then removed."""
@@ -39,10 +43,13 @@ def _default_inner() -> Any:
 class Bulyan:
     """Elect theta updates by repeating `inner`; per coordinate, average the beta of them nearest their median.
 
-    n >= 4f + 3. Cost O(n^2 D) for distances, O(theta n^2) for the elections, O(theta log^2 theta D) for the middle.
+    An election takes the remaining update nearest inner's output on those that remain: for krum and medoid the output.
+    n >= 4f + 3. Cost O(n^2 D) for distances, O(theta n^2) for the elections, O(theta log^2 theta D) for the middle;
+    inner = median reads the updates in each election, and that of brute searches.
     El Mhamdi et al., The Hidden Vulnerability of Distributed Learning in Byzantium, ICML 2018, section 4: theta = n -
     2f, beta = theta - 2f. That theta leaves the last inner Krum 2f + 1 candidates, not the 2f + 3 the paper claims,
-    hence f - 1 neighbours, held at 1 or more. theta = "n-2f-2" is what AggregaThor does. keep is named for the
+    hence f - 1 neighbours, held at 1 or more. theta = "n-2f-2" is what AggregaThor does (which
+    collects the means of its Multi-Krum themselves, not the updates nearest them). keep is named for the
     paper's theta: "n-4f" is beta = theta - 2f, "n-4f-1" one fewer ("A Little Is Enough"'s code). The median is one of
     the elected values (lower for even theta; "upper": AggregaThor; "midpoint": numpy). f = 0 with the paper's theta
     is the mean.
@@ -85,6 +92,8 @@ class Bulyan:
         inner = build("rule", RULES, table, trusted=True)
         if not isinstance(inner, Inner):
             raise ValueError(f"bulyan cannot repeat {inner!r}: it has no selection_order")
+        if inner.mixes and p != 2:
+            raise ValueError(f"{type(inner).__name__} mixes updates, which bulyan repeats for p = 2 only, not p = {p}")
         if inner.p != p:
             raise ValueError(f"its p = {inner.p} differs from bulyan's p = {p}; give p once, to bulyan")
         return inner

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -13,9 +11,10 @@ from torch import Tensor
 from narses.combine import Mean
 from narses.config import STRICT
 from narses.rules.base import Aggregation, Context, Norm, Property, require
+from narses.rules.elections import Neighbours, nearest_to_mean, repeat
 from narses.updates import Updates
 
-Neighbours = Literal["n-f-2", "n-f-1", "n-f"]
+Count = Literal["n-f-2", "n-f-1", "n-f"]
 Power = Literal[1, 2]
 
 
@@ -30,9 +29,10 @@ class Krum:
     """
 
     p: Norm = 2.0
-    neighbours: Neighbours = "n-f-2"
+    neighbours: Count = "n-f-2"
     power: Power = 2
 
+    mixes: ClassVar[bool] = False
     properties: ClassVar[frozenset[Property]] = frozenset(
         {Property.PERMUTATION, Property.TRANSLATION, Property.SCALING, Property.INPUT_RANGE, Property.IS_INPUT}
     )
@@ -51,18 +51,12 @@ class Krum:
 
         The last elections of Bulyan have fewer than 2f + 3 candidates: the neighbour count is held between 1 and n - 1.
         """
-        nearest_NM, others_NM = _nearest_first(_costs(updates, self.p, self.power))
-        alive_N = torch.ones(len(updates), dtype=torch.bool)
-        order: list[int] = []
-        for r in range(len(updates), len(updates) - count, -1):
-            rows_R = alive_N.nonzero().squeeze(1)
-            winner = 0
-            if r > 1:
-                remaining_RM = nearest_NM[rows_R][alive_N[others_NM[rows_R]]].view(r, r - 1)
-                winner = int(remaining_RM[:, : _count(self.neighbours, r, f)].sum(dim=1).argmin())
-            order.append(int(rows_R[winner]))
-            alive_N[order[-1]] = False
-        return order
+        neighbours = Neighbours(_costs(updates, self.p, self.power))
+
+        def elect(rows_R: Tensor) -> int:
+            return int(_scores(neighbours.among(rows_R), self.neighbours, f).argmin())
+
+        return repeat(len(updates), count, elect)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -76,9 +70,10 @@ class MultiKrum:
 
     m: PositiveInt | None = None
     p: Norm = 2.0
-    neighbours: Neighbours = "n-f-2"
+    neighbours: Count = "n-f-2"
     power: Power = 2
 
+    mixes: ClassVar[bool] = True
     properties: ClassVar[frozenset[Property]] = frozenset(
         {Property.PERMUTATION, Property.TRANSLATION, Property.SCALING, Property.INPUT_RANGE}
     )
@@ -93,14 +88,29 @@ class MultiKrum:
         selected_M = scores_N.argsort(stable=True)[:m].sort().values
         return Aggregation(updates.per_coordinate(Mean(), rows=selected_M), selected_M, scores_N)
 
+    def selection_order(self, updates: Updates, f: int, count: int) -> list[int]:
+        """The rows nearest its means, one after another, each removed before the next with n one less and the same f.
 
-def krum_scores(updates: Updates, f: int, p: float = 2.0, neighbours: Neighbours = "n-f-2", power: Power = 2) -> Tensor:
+        As for Krum, neighbours are held between 1 and n - 1; so are m and n - f - 2, between 1 and n.
+        """
+        neighbours = Neighbours(_costs(updates, self.p, self.power))
+        squared_NN = updates.squared_distances_NN().cpu()
+
+        def elect(rows_R: Tensor) -> int:
+            scores_R = _scores(neighbours.among(rows_R), self.neighbours, f)
+            m = max(1, len(rows_R) - f - 2 if self.m is None else self.m)
+            best_M = scores_R.argsort(stable=True)[:m]
+            return nearest_to_mean(squared_NN[rows_R][:, rows_R[best_M]])
+
+        return repeat(len(updates), count, elect)
+
+
+def krum_scores(updates: Updates, f: int, p: float = 2.0, neighbours: Count = "n-f-2", power: Power = 2) -> Tensor:
     """Each row's sum of ||x_i - x_j||_p^power over its nearest other rows, as (N,) float64 on the CPU.
 
     The row itself is not its own neighbour. Rows with equal neighbourhoods have equal scores to the last bit.
     """
-    nearest_NM, _ = _nearest_first(_costs(updates, p, power))
-    return nearest_NM[:, : _count(neighbours, len(updates), f)].sum(dim=1)
+    return _scores(Neighbours(_costs(updates, p, power)).nearest_NM, neighbours, f)
 
 
 def _costs(updates: Updates, p: float, power: Power) -> Tensor:
@@ -111,13 +121,8 @@ def _costs(updates: Updates, p: float, power: Power) -> Tensor:
     return updates.distances_NN(p).cpu().square()
 
 
-def _nearest_first(costs_NN: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row the costs of the N - 1 others, ascending, and which rows they are."""
-    # NaN sorts after everything, infinite costs included, so the last column is the row itself.
-    ordered = costs_NN.clone().fill_diagonal_(math.nan).sort(dim=1, stable=True)
-    return ordered.values[:, :-1], ordered.indices[:, :-1]
-
-
-def _count(neighbours: Neighbours, n: int, f: int) -> int:
-    wanted = {"n-f-2": n - f - 2, "n-f-1": n - f - 1, "n-f": n - f}[neighbours]
-    return min(max(1, wanted), n - 1)
+def _scores(nearest_RM: Tensor, neighbours: Count, f: int) -> Tensor:
+    """The sums over the nearest, as many as `neighbours` says for R rows, held between 1 and R - 1."""
+    r = len(nearest_RM)
+    wanted = {"n-f-2": r - f - 2, "n-f-1": r - f - 1, "n-f": r - f}[neighbours]
+    return nearest_RM[:, : min(max(1, wanted), r - 1)].sum(dim=1)

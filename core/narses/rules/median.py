@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from narses import combine
 from narses.config import STRICT
 from narses.rules.base import Aggregation, Context, Property, require
+from narses.rules.elections import repeat
 from narses.updates import Updates
 
 
@@ -20,6 +22,8 @@ class Median:
     Yin et al., Byzantine-Robust Distributed Learning, ICML 2018, definition 1; Xie et al., Fall of Empires, section 4.
     """
 
+    p: ClassVar[float] = 2.0
+    mixes: ClassVar[bool] = True
     properties: ClassVar[frozenset[Property]] = frozenset(
         {
             Property.PERMUTATION,
@@ -37,3 +41,12 @@ class Median:
     def __call__(self, updates: Updates, f: int, context: Context | None = None) -> Aggregation:
         require(self, updates, f)
         return Aggregation(updates.per_coordinate(combine.Median()))
+
+    def selection_order(self, updates: Updates, f: int, count: int) -> list[int]:
+        """The rows nearest its medians in l_2, one after another, each removed before the next election: O(count n D)."""
+
+        def elect(rows_R: Tensor) -> int:
+            median_D = updates.per_coordinate(combine.Median(), rows=rows_R)
+            return int(updates.distances_to_N(median_D).cpu()[rows_R].argmin())
+
+        return repeat(len(updates), count, elect)

@@ -135,7 +135,10 @@ def _cell(config: ExperimentConfig, tree: Table, labels: Table) -> Cell:
         )
     if run.evaluate is None:
         warnings.append("no [evaluate] section: the runs report no accuracy")
-    return Cell(run.model_copy(update={"name": name}), attack, key, labels, tuple(warnings))
+    changes: Table = {"name": name}
+    if run.diagnostics is not None and attack is not None and len(attack.byzantine) == attack.f_real < run.round.n:
+        changes["diagnostics"] = run.diagnostics.model_copy(update={"byzantine": attack.byzantine})
+    return Cell(run.model_copy(update=changes), attack, key, labels, tuple(warnings))
 
 
 def _attack(table: Any, run: RunConfig, source: str) -> Attack | None:

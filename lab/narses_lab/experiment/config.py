@@ -41,6 +41,8 @@ class ExperimentConfig(Config):
     """As [optimizer] of server.toml."""
     evaluate: Table | None = None
     """As [evaluate] of server.toml."""
+    diagnostics: Table | None = None
+    """As [diagnostics] of server.toml; the attackers are known, unless they change from round to round."""
     checkpoint: CheckpointConfig = CheckpointConfig(every=25, keep=2)
     """How often the state of the run in progress is saved, so that an interrupted one goes on where it was."""
     attack: Table | None = None
@@ -87,4 +89,4 @@ class ExperimentConfig(Config):
         return self
 
 
-SECTIONS = ("task", "round", "optimizer", "evaluate", "attack")
+SECTIONS = ("task", "round", "optimizer", "evaluate", "diagnostics", "attack")

@@ -65,7 +65,7 @@ def _prefix(branches: Sequence[Cell], starts: Sequence[int]) -> Cell:
 
 
 def _family(run: RunConfig) -> str:
-    return config_hash(run.model_dump(mode="json", exclude={"name", "milestones", "start"}))
+    return config_hash(run.model_dump(mode="json", exclude={"name", "milestones", "start", "diagnostics"}))
 
 
 def _with(cell: Cell, **changes: Any) -> Cell:
