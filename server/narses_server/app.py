@@ -110,7 +110,7 @@ class Server:
                 device=self.config.device,
                 output=self.config.output,
                 watch=self._watch,
-                limit=lambda n, d: check_memory(n, d, self.config.memory_limit_bytes),
+                limit=lambda n, d, extra: check_memory(n, d, self.config.memory_limit_bytes, extra),
                 checkpoint=self.config.checkpoint,
             )
 

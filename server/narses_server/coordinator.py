@@ -14,6 +14,7 @@ import structlog
 
 from narses import datasets, flat
 from narses.diagnostics import as_line
+from narses.rules import extra_rows
 from narses.task import Task
 from narses_server.config import CheckpointConfig, RunConfig
 from narses_server.matrix import UpdateMatrix
@@ -43,10 +44,10 @@ class Run:
         device: str,
         output: Path | None,
         watch: Watch,
-        limit: Callable[[int, int], int],
+        limit: Callable[[int, int, int], int],
         checkpoint: CheckpointConfig | None = None,
     ) -> None:
-        """limit(n, D) -> the memory budget in bytes; raises ConfigError before anything large is allocated.
+        """limit(n, D, the rule's extra vectors) -> the memory budget in bytes; raises ConfigError before anything is allocated.
 
         With checkpoint, the run goes on where an earlier process got to.
         """
@@ -77,7 +78,7 @@ class Run:
             chunk_bytes=config.task.chunk_bytes,
             digest=config.task.digest,
         )
-        self.memory_budget = limit(self.task.n, self.task.dimension)
+        self.memory_budget = limit(self.task.n, self.task.dimension, extra_rows(state.rule, self.task.n))
         self.matrix = UpdateMatrix(self.task.n, self.task.dimension)
         self.sessions = Sessions(self.task.n)
         self.policy = Policy(

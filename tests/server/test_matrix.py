@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from narses import rules
 from narses.errors import ConfigError
 from narses.rpc.intake import INLINE_BYTES, Intake
 from narses_server.matrix import RowWriter, UpdateMatrix
@@ -142,3 +143,13 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_allocated() -> No
 def test_the_machine_says_what_is_available() -> None:
     bytes_ = available()
     assert bytes_ is None or bytes_ > 1 << 20
+
+
+def test_a_rule_that_changes_updates_first_is_counted() -> None:
+    plain, mixing = (rules.extra_rows(rules.make(table), 10) for table in ("krum", {"name": "nnm", "rule": "krum"}))
+    assert (plain, mixing) == (0, 10)
+    nested = {"name": "nnm", "rule": {"name": "bucketing", "rule": "krum"}}
+    assert rules.extra_rows(rules.make(nested), 10) == 10 + 2 * 5
+    assert budget(10, 1000, 10) == budget(20, 1000)
+    with pytest.raises(ConfigError, match="D = 1000000 parameters, and 10 more such vectors for the rule, need 200 MB"):
+        check_memory(10, 1_000_000, 150_000_000, 10)

@@ -30,7 +30,17 @@ from typing import Any, cast
 
 from narses.errors import ConfigError
 from narses.registry import build
-from narses.rules.base import Aggregation, Context, Property, Rule, TrustedBatch, check, require, trusted_samples
+from narses.rules.base import (
+    Aggregation,
+    Context,
+    Property,
+    Rule,
+    TrustedBatch,
+    check,
+    extra_rows,
+    require,
+    trusted_samples,
+)
 from narses.rules.brute import Brute
 from narses.rules.bucketing import Bucketing
 from narses.rules.bulyan import Bulyan
@@ -82,6 +92,7 @@ __all__ = [
     "TwoMeans",
     "Zeno",
     "check",
+    "extra_rows",
     "krum_scores",
     "make",
     "require",

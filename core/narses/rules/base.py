@@ -81,6 +81,12 @@ def trusted_samples(rule: object) -> int:
     return int(getattr(rule, "trusted_samples", 0))
 
 
+def extra_rows(rule: object, n: int) -> int:
+    """How many vectors (D,) `rule` needs beside n updates and its result; 0 for all but those that change updates first."""
+    wanted = getattr(rule, "extra_rows", None)
+    return 0 if wanted is None else int(wanted(n))
+
+
 def round_of(context: Context | None) -> int:
     """The round that randomness is drawn for: 0 where a rule is called without a context."""
     return 0 if context is None else context.round

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from narses.combine import Mean
 from narses.config import STRICT
-from narses.rules.base import Aggregation, Context, Property, require, round_of
+from narses.rules.base import Aggregation, Context, Property, extra_rows, require, round_of
 from narses.rules.pre import PreAggregation
 from narses.seeding import generator
 from narses.updates import Updates
@@ -31,6 +31,11 @@ class Bucketing(PreAggregation):
     seed: NonNegativeInt = 0
 
     keeps: ClassVar[frozenset[Property]] = frozenset({Property.TRANSLATION, Property.SCALING, Property.INPUT_RANGE})
+
+    def extra_rows(self, n: int) -> int:
+        """Every bucket's mean, twice while they are put together."""
+        buckets = -(-n // self.size)
+        return 2 * buckets + extra_rows(self.rule, buckets)
 
     def min_updates(self, f: int) -> int:
         return self.size * (self.rule.min_updates(f) - 1) + 1

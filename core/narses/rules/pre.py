@@ -8,7 +8,7 @@ from pydantic import Field, SkipValidation, field_validator
 from pydantic.dataclasses import dataclass
 
 from narses.config import STRICT
-from narses.rules.base import Aggregation, Context, Property, Rule, trusted_samples
+from narses.rules.base import Aggregation, Context, Property, Rule, extra_rows, trusted_samples
 from narses.updates import Updates
 
 
@@ -44,6 +44,10 @@ class PreAggregation:
     def trusted_samples(self) -> int:
         """The wrapped rule's."""
         return trusted_samples(self.rule)
+
+    def extra_rows(self, n: int) -> int:
+        """The changed updates, and the wrapped rule's own."""
+        return n + extra_rows(self.rule, n)
 
     def min_updates(self, f: int) -> int:
         """The wrapped rule's."""

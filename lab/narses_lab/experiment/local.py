@@ -101,7 +101,7 @@ class LocalRun:
             device=setup.device,
             output=setup.output,
             watch=_watch(self._cell.run),
-            limit=lambda n, dimension: check_memory(n, dimension, None),
+            limit=lambda n, dimension, extra: check_memory(n, dimension, None, extra),
             checkpoint=setup.checkpoint,
         )
 
