@@ -74,7 +74,6 @@ def diagnose(
     if honest is not None and (not honest or min(honest) < 0 or max(honest) >= n):
         raise InputError(f"honest = {list(honest)}: expected one or more rows of the {n} updates")
     columns = sample_columns(updates.dimension) if sample and updates.dimension > SAMPLE else None
-    origin_D = torch.zeros_like(aggregate_D) if origin_D is None else origin_D
     squared_MM = updates.squared_distances_with([aggregate_D, origin_D], columns).cpu()
     seen = updates.dimension if columns is None else sum(stop - start for start, stop in columns)
     squared_MM = squared_MM * (updates.dimension / seen)

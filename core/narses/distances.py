@@ -88,30 +88,35 @@ def to_point(matrix_nD: Tensor, rows_N: Tensor | None, v_D: Tensor | None) -> Te
 def squared_with(
     matrix_nD: Tensor,
     rows_N: Tensor | None,
-    points: Sequence[Tensor],
+    points: Sequence[Tensor | None],
     columns: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Squared distances between the rows and `points`, (D,) vectors that are put below them: (N + M, N + M) float64.
 
-    columns: count these ranges (first, end) only; None: all.
+    points: None stands for the origin. columns: count these ranges (first, end) only; None: all.
     """
+    runs = [(0, matrix_nD.shape[1])] if columns is None else list(columns)
+    origin_1C = matrix_nD.new_zeros(1, max(stop - start for start, stop in runs))
+    points_M = [origin_1C if point_D is None else point_D.to(matrix_nD).contiguous()[None] for point_D in points]
+    tables = [kernels.addresses(matrix_nD, rows_N), *(kernels.addresses(point_1D, None) for point_1D in points_M)]
+    known = [table_K for table_K in tables if table_K is not None]
     size = _count(matrix_nD, rows_N) + len(points)
+    if len(known) == len(tables):
+        out_MM, rows = np.zeros((size, size)), np.concatenate(known)
+        moves = np.ones(size, np.uint64)
+        moves[size - len(points) :] = [point_D is not None for point_D in points]
+        if columns is None:
+            done = kernels.fill(out_MM, rows, 0, runs[0][1], "squares")
+        else:
+            done = kernels.fill_runs(out_MM, rows, moves, runs, "squares")
+        if done:
+            return torch.from_numpy(out_MM)
     total_MM = torch.zeros((size, size), dtype=torch.float64, device=matrix_nD.device)
-    for start, stop in [(0, matrix_nD.shape[1])] if columns is None else columns:
-        parts = [matrix_nD[:, start:stop], *(point_D[start:stop].unsqueeze(0) for point_D in points)]
-        tables = [kernels.addresses(part, rows_N if i == 0 else None) for i, part in enumerate(parts)]
-        out_MM = np.zeros((size, size))
-        known = [table_K for table_K in tables if table_K is not None]
-        if len(known) == len(tables) and kernels.fill(out_MM, np.concatenate(known), 0, stop - start, "squares"):
-            total_MM += torch.from_numpy(out_MM)
-            continue
-        for first in range(
-            start, stop, BLOCK["cuda"]
-        ):  # piece by piece: the points must stand in one matrix with the rows
-            piece = slice(first, min(first + BLOCK["cuda"], stop))
-            x_NC = matrix_nD[:, piece] if rows_N is None else matrix_nD[:, piece].index_select(0, rows_N)
-            points_MC = torch.stack([point_D[piece].to(x_NC) for point_D in points])
-            total_MM += _pairs(torch.cat([x_NC, points_MC]), None, _add_squares)
+    width = BLOCK["cuda"]
+    for first, end in [(i, min(i + width, stop)) for start, stop in runs for i in range(start, stop, width)]:
+        x_NC = matrix_nD[:, first:end] if rows_N is None else matrix_nD[:, first:end].index_select(0, rows_N)
+        parts = (p if d is None else p[:, first:end] for p, d in zip(points_M, points, strict=True))
+        total_MM += _pairs(torch.cat([x_NC, *(part[:, : end - first] for part in parts)]), None, _add_squares)
     return total_MM
 
 

@@ -94,14 +94,15 @@ class Updates:
         return self._squared_NN
 
     def squared_distances_with(
-        self, points: Sequence[Tensor], columns: Sequence[tuple[int, int]] | None = None
+        self, points: Sequence[Tensor | None], columns: Sequence[tuple[int, int]] | None = None
     ) -> Tensor:
         """Squared distances between rows and `points`, (D,) each, put below them: (N + M, N + M) float64, fresh memory.
 
-        columns: count these ranges (first, end) only. One read of them. InputError for points of another size.
+        points: None stands for the origin. columns: count these ranges (first, end) only. One read of what is counted.
+        InputError for points of another size.
         """
         for point_D in points:
-            if point_D.shape != (self.dimension,):
+            if point_D is not None and point_D.shape != (self.dimension,):
                 raise InputError(f"distances to a vector of shape {tuple(point_D.shape)}: expected ({self.dimension},)")
         return distances.squared_with(self._matrix_nD, self._rows_N, points, columns)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from narses import diagnostics, rules
 from narses.diagnostics import SAMPLE, diagnose, sample_columns, selected_by_value, variance_bound
 from narses.errors import InputError
+from narses.kernels import jit
 from narses.updates import Updates
 
 
@@ -147,3 +148,26 @@ def test_copies_of_a_false_vector_count_by_value() -> None:
     assert selected_by_value(squared_NN, [0], [1, 4]) == 0.0
     assert selected_by_value(squared_NN, [4], []) == 0.0
     assert math.isnan(selected_by_value(squared_NN, [], [1]))
+
+
+def test_samples_are_summed_the_same_with_and_without_a_kernel() -> None:
+    x_ND = torch.randn(9, 70_001, generator=torch.Generator().manual_seed(3))
+    vector_D = x_ND.mean(0)
+    runs = sample_columns(70_001)
+    compiled_MM = Updates.of(x_ND).squared_distances_with([vector_D, torch.zeros(70_001)], runs)
+    with jit.refused():
+        plain_MM = Updates.of(x_ND).squared_distances_with([vector_D, torch.zeros(70_001)], runs)
+    torch.testing.assert_close(compiled_MM, plain_MM, rtol=1e-6, atol=0)
+    columns = torch.cat([torch.arange(start, stop) for start, stop in runs])
+    some = x_ND[:, columns].double()
+    torch.testing.assert_close(compiled_MM[:9, 10], some.square().sum(1), rtol=1e-6, atol=0)
+    assert torch.equal(Updates.of(x_ND).squared_distances_with([vector_D, None], runs), compiled_MM)
+    with jit.refused():
+        assert torch.equal(Updates.of(x_ND).squared_distances_with([vector_D, None], runs), plain_MM)
+    whole = [Updates.of(x_ND).squared_distances_with([vector_D, origin]) for origin in (None, torch.zeros(70_001))]
+    assert torch.equal(*whole)
+
+
+def test_points_of_another_size_are_refused() -> None:
+    with pytest.raises(InputError, match=r"vector of shape \(3,\): expected \(4,\)"):
+        Updates.of(torch.zeros(2, 4)).squared_distances_with([torch.zeros(3)])

@@ -195,3 +195,45 @@ def test_bulyan_over_each_rule_beside_huge_rows(inner: str, reach: float) -> Non
             away_R = (x_ND[remaining] - output_D).norm(dim=1)
             assert float((x_ND[row] - output_D).norm()) <= float(away_R.min()) * (1 + 1e-9)
             remaining.remove(row)
+
+
+class Counting(Updates):
+    """Updates that count how often their distances to a point are measured: two passes each, with the sum before it."""
+
+    measured = 0
+
+    def distances_to_N(self, v_D: Tensor) -> Tensor:  # noqa: N802
+        self.measured += 1
+        return super().distances_to_N(v_D)
+
+
+def test_distances_decide_and_measuring_confirms() -> None:
+    """What the weights come to is within the tolerance at the first step, unless rows are so huge that digits are gone."""
+
+    def passes(x_ND: Tensor, **fields: Any) -> int:
+        updates = Counting(x_ND)
+        GeometricMedian(**fields)(updates, 0)
+        return updates.measured
+
+    x_ND = normal(31, 50)
+    copies_ND = x_ND.clone()
+    copies_ND[:16] = x_ND[0]
+    far_ND = x_ND.clone()
+    far_ND[:7] *= 1e12
+
+    assert passes(x_ND) == passes(x_ND.float()) == 1
+    assert passes(copies_ND) == 1
+    assert passes(x_ND, smoothing=8.0) == 1
+    assert 1 < passes(far_ND) < 40
+
+
+def test_bulyan_elects_from_distances_alone() -> None:
+    copies_ND, loud_ND = normal(23, 50), normal(23, 50)
+    copies_ND[:9] = copies_ND[0].clone()
+    loud_ND[:5] *= 200
+    for x_ND in (copies_ND, loud_ND):
+        updates = Counting(x_ND)
+
+        make("geometric-median").selection_order(updates, 5, 13)  # type: ignore[attr-defined]
+
+        assert updates.measured == 0

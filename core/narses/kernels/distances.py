@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -115,6 +116,43 @@ def _run(
         for part_T16 in parts_ST16[: end - first]:
             add(total_T16, part_T16, out=total_T16)
     return total_T16
+
+
+def fill_runs(
+    out_NN: NDArray[np.float64],
+    rows_N: NDArray[np.uint64],
+    moves_N: NDArray[np.uint64],
+    runs: Sequence[tuple[int, int]],
+    term: Term,
+) -> bool:
+    """As `fill` with nothing known, over these ranges (first, end) of columns only: a thread takes a range at a time.
+
+    moves_N: 1 for a row, 0 for an address at which as many numbers lie as the longest range has, for every range the same.
+    """
+    kernel = _kernel(term)
+    if kernel is None:
+        return False
+    plan = _plan_pairs(0, len(rows_N), _edge())
+    count = len(plan.tiles_T3)
+    parts_RT16 = np.zeros((len(runs), count, 16))
+
+    def one(number: int) -> None:
+        start, stop = runs[number]
+        rows, width, following = (
+            rows_N + np.uint64(4 * start) * moves_N,
+            -(-(stop - start) // BLOCK) * BLOCK,
+            ctypes.c_int64(0),
+        )
+        kernel(
+            *(rows.ctypes.data, plan.tiles_T3.ctypes.data, count, parts_RT16[number].ctypes.data, 1),
+            *(stop - start, width, _SPAN, ctypes.addressof(following), 0, 1),
+        )
+
+    threads.share(range(len(runs)), one)
+    sums_P = (parts_RT16.max(axis=0) if term == "largest" else parts_RT16.sum(axis=0)).reshape(-1)[plan.sums_P]
+    out_NN[plan.first_P, plan.second_P] = sums_P
+    out_NN[plan.second_P, plan.first_P] = sums_P
+    return True
 
 
 @dataclass(frozen=True)

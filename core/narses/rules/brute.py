@@ -23,7 +23,7 @@ class Brute:
 
     n >= 2f + 1. Cost O(n^2 D) and a search that is exponential in f at worst; beyond `max_nodes` of its steps (some
     10 us each) it ends with an InputError. It cannot get there for f <= 29 and n <= 60, and Gaussian updates of n = 57
-    and f = 27 take it about a thousand. El Mhamdi et al., The Hidden Vulnerability, ICML 2018, section 2.2, who try all
+    and f = 27 take it about a thousand. El Mhamdi et al., The Hidden Vulnerability, ICML 2018, section 2.3.1, who try all
     subsets (5 months for that n and f); also called MDA: El Mhamdi et al., Genuinely Distributed Byzantine Machine
     Learning, PODC 2020. PERMUTATION is not claimed: one pair of updates often is the diameter of several sets, and
     then their order decides.

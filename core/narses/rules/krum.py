@@ -24,7 +24,7 @@ class Krum:
 
     n >= 2f + 3. Cost O(n^2 D).
     Blanchard et al., Machine Learning with Adversaries, NIPS 2017, section 4, for p = 2; El Mhamdi et al., The Hidden
-    Vulnerability, ICML 2018, section 2.2, square the l_p distance. `neighbours` and `power` reproduce other codes:
+    Vulnerability, ICML 2018, section 2.3.2, square the l_p distance. `neighbours` and `power` reproduce other codes:
     "A Little Is Enough"'s sums n - f plain distances (power = 1), ByzantineMomentum's n - f - 1.
     """
 

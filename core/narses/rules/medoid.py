@@ -18,7 +18,7 @@ from narses.updates import Updates
 class Medoid:
     """The update with the smallest sum of distances, not squared, to all others; ties to the smallest row.
 
-    n >= 2f + 1. Cost O(n^2 D). El Mhamdi et al., The Hidden Vulnerability, ICML 2018, section 2.2, where it is called
+    n >= 2f + 1. Cost O(n^2 D). El Mhamdi et al., The Hidden Vulnerability, ICML 2018, section 2.3.3, where it is called
     GeoMed; the geometric median, which is no update, is another rule.
     """
 
