@@ -169,7 +169,8 @@ def main(arguments: list[str]) -> Result:
         (
             f"Normal updates. Kernels {'compiled' if compiled else 'absent: everything by torch'}, {threads.count()} "
             f"threads; torch with {torch.get_num_threads()} threads.",
-            "geometric-median: tolerance 1e-6. 'of one read': our time over that of torch.sum of the whole matrix. 'torch takes': the time of the same rule in "
+            "geometric-median: tolerance 1e-6. 'of one read': our time over that of torch.sum of the whole matrix. "
+            "'torch takes': the time of the same rule in "
             "a line or two of torch (torch.median, torch.sort, torch.topk, torch.cdist) over ours.",
             "Other libraries, by the functions that their users call, their time over ours: "
             + (", ".join(contenders("krum", torch.randn(N, 8), F)) or "none is installed here")
