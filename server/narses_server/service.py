@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Executor
 from typing import Any, NoReturn
 
@@ -64,6 +64,11 @@ class Service:
         except TimeoutError:
             log.info("some daemons were not told that the runs are over", told=sorted(self._told))
 
+    def _tell(self, workers: Iterable[int]) -> None:
+        """The workers have been sent the last word; not before, because they may have hung up meanwhile."""
+        self._told.update(workers)
+        self._wake()
+
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -92,9 +97,8 @@ class Service:
         try:
             while self._run is None or self._run.over:
                 if self._over is not None:
-                    self._told.update(request.workers)
-                    self._wake()
                     yield pb.JoinResponse(notice=self._over)
+                    self._tell(request.workers)
                     return
                 if not await self._change():
                     yield pb.JoinResponse(notice=pb.Notice(kind=pb.NOTICE_KIND_WAITING, message="no run is open yet"))
@@ -111,10 +115,10 @@ class Service:
                 yield pb.JoinResponse(task=task_to_wire(run.task), session=session.token)
                 while self._run is run and run.sessions.find(session.token) is not None:
                     await self._change()
-                if self._over is not None:
-                    self._told.update(session.workers)
-                    self._wake()
-                yield pb.JoinResponse(notice=self._farewell(run, session))
+                notice = self._farewell(run, session)
+                yield pb.JoinResponse(notice=notice)
+                if notice is self._over:
+                    self._tell(session.workers)
             finally:
                 self._sessions.pop(session.token, None)
                 run.sessions.close(session)

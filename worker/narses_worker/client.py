@@ -28,6 +28,7 @@ from narses.task import Task
 
 SERVICE = "/narses.rpc.v1.ParameterServerService/"
 PULL_SECONDS = 30.0  # the server answers a long poll after 10 s at most
+LEAVE_SECONDS = 5.0
 NOTICE_SECONDS = 30.0  # and sends a notice every 10 s while no run is open
 
 
@@ -168,9 +169,13 @@ class Session:
         return Push(self, timeout)
 
     async def leave(self) -> None:
-        """End the session; a server that is gone already does not mind."""
+        """End the session; a server that is gone already does not mind.
+
+        Its last word on the session is waited for: after "no more runs" it may be gone before one could ask again.
+        """
         try:
-            await self.client._leave(pb.LeaveRequest(), metadata=self._metadata, timeout=5.0)
+            await self.client._leave(pb.LeaveRequest(), metadata=self._metadata, timeout=LEAVE_SECONDS)
+            await asyncio.wait({self.notice}, timeout=LEAVE_SECONDS)
         except grpc.aio.AioRpcError:
             return
         finally:

@@ -232,9 +232,8 @@ class Daemon:
             return work.result() if work.done() else None
         finally:
             stop.cancel()
-            if not work.done():
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)  # whatever it ended with, nobody else will ask
 
     async def _cut_on_stop(self) -> None:
         """After `stop`, the round in progress may end; what still runs after drain_timeout is cut."""
