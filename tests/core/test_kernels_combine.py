@@ -197,10 +197,13 @@ def test_other_cpus_compute_the_same_bits(cpu: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("combine", [Window(0, 128), Nearest(1, Mean()), Nearest(64, Nearest(64, Mean()))])
 def test_compiling_takes_less_than_half_a_second(combine: Combine) -> None:
     assert jit.available()
-    start = time.thread_time()
-    jit.Function(kernels.source(combine, 128), kernels._ARGUMENTS)
 
-    assert time.thread_time() - start < 0.5
+    def once() -> float:
+        start = time.thread_time()
+        jit.Function(kernels.source(combine, 128), kernels._ARGUMENTS)
+        return time.thread_time() - start
+
+    assert min(once() for _ in range(3)) < 0.5  # others may have the caches at one time
 
 
 MEMORY = """

@@ -90,7 +90,7 @@ def test_daemons_and_one_process_give_the_same_parameters(file: Path, tmp_path: 
 @pytest.mark.parametrize("transport", ["grpc", "local"])
 def test_interrupted_it_keeps_what_is_done_and_goes_on(file: Path, tmp_path: Path, transport: str) -> None:
     # So many rounds that a line of progress comes in the middle of the second run.
-    rounds = {"grpc": 300, "local": 1200}[transport]
+    rounds = {"grpc": 300, "local": 2500}[transport]
     values = (f"round.rounds={rounds}", "seeds=2", 'matrix.attack=["none"]')
     sets = ["--transport", transport, *(word for value in values for word in ("--set", value))]
     first, whole = [*sets, "--set", "checkpoint.every=1000"], tmp_path / "whole"
