@@ -98,6 +98,12 @@ class Bulyan:
             raise ValueError(f"its p = {inner.p} differs from bulyan's p = {p}; give p once, to bulyan")
         return inner
 
+    def __post_init__(self) -> None:
+        # Elections among mixtures, or of sets of equal diameter, tie on ordinary data: then the order of the rows decides.
+        claims: frozenset[Property] = getattr(self.inner, "properties", frozenset())
+        if getattr(self.inner, "mixes", False) or Property.PERMUTATION not in claims:
+            object.__setattr__(self, "properties", type(self).properties - {Property.PERMUTATION})
+
     def min_updates(self, f: int) -> int:
         # Only one combination needs more than the paper: at n = 4f + 3 it would keep n - 4f - 3 = 0 values.
         return 4 * f + (4 if (self.theta, self.keep) == ("n-2f-2", "n-4f-1") else 3)
