@@ -1,8 +1,9 @@
 """What a round's updates look like beside the aggregate that came of them: one read of the matrix, or a sample of its columns.
 
 All quantities follow from squared distances between the updates, the aggregate and the origin, so nothing but those is asked of
-the matrix; what concerns g is good to about 1e-6 ||x_i||^2 / ||g||^2. Where it is known who is honest (in an experiment), g is
-the mean of the honest updates; elsewhere that of the n - f updates nearest the aggregate, which is an estimate.
+the matrix. They are differences of such: what concerns g is good to about 1e-6 ||x_i||^2 / ||g||^2, the deviation to 1e-3 sigma,
+a cosine to 1e-6 times how often the shorter vector goes into the longer one. Where it is known who is honest (in an experiment),
+g is the mean of the honest updates; elsewhere that of the n - f updates nearest the aggregate, which is an estimate.
 
 N = updates, H = honest ones, g = their mean, F = aggregate, D = parameters
 """
@@ -88,7 +89,7 @@ def diagnose(
     length_squared = max(0.0, float(between_MM[rows][:, rows].mean()))
     # mean ||x_i - g||^2 is half the mean squared distance of two of them, each with itself included
     variance = float(squared_MM[rows][:, rows].mean()) / 2
-    deviation = math.sqrt(max(0.0, norm_squared - 2 * inner + length_squared))
+    deviation = math.sqrt(max(0.0, float(squared_MM[rows, n].mean()) - variance))
     ratio = _over(inner, length_squared)
     return Diagnostics(
         distances_N=to_aggregate_N,
