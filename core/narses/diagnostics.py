@@ -1,9 +1,9 @@
 """What a round's updates look like beside the aggregate that came of them: one read of the matrix, or a sample of its columns.
 
-All quantities follow from squared distances between the updates, the aggregate and the origin, so nothing but those is asked of
-the matrix. They are differences of such: what concerns g is good to about 1e-6 ||x_i||^2 / ||g||^2, the deviation to 1e-3 sigma,
-a cosine to 1e-6 times how often the shorter vector goes into the longer one. Where it is known who is honest (in an experiment),
-g is the mean of the honest updates; elsewhere that of the n - f updates nearest the aggregate, which is an estimate.
+All quantities follow from squared distances between the updates, the aggregate and the origin, so nothing but those is asked
+of the matrix. They are differences of such: what concerns g is good to about 1e-6 ||x_i||^2 / ||g||^2, the deviation to 1e-3
+sigma, a cosine to 1e-6 times how often the shorter vector goes into the longer one. Where it is known who is honest (in an
+experiment), g is the mean of the honest updates; elsewhere that of the n - f updates nearest the aggregate, an estimate.
 
 N = updates, H = honest ones, g = their mean, F = aggregate, D = parameters
 """
