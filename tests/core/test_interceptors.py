@@ -154,10 +154,15 @@ async def channel(handlers: Handlers, metrics: Spy) -> AsyncIterator[grpc.aio.Ch
 async def call(channel: Any, style: str, request: bytes, service: str = "test.Styles") -> list[bytes]:
     """Send `request` once, collect what comes back; raises AioRpcError for any status but OK."""
     method = f"/{service}/{style}"
-    if style.startswith("unary_stream"):
-        return [reply async for reply in channel.unary_stream(method)(request, timeout=10)]
-    if style.startswith("stream_stream"):
-        return [reply async for reply in channel.stream_stream(method)(one(request), timeout=10)]
+    if style.startswith(("unary_stream", "stream_stream")):
+        if style.startswith("unary_stream"):
+            rpc = channel.unary_stream(method)(request, timeout=10)
+        else:
+            rpc = channel.stream_stream(method)(one(request), timeout=10)
+        try:
+            return [reply async for reply in rpc]
+        finally:
+            rpc.cancel()  # a reader that is cancelled between two reads does not cancel its call
     if style == "stream_unary":
         return [await channel.stream_unary(method)(one(request), timeout=10)]
     return [await channel.unary_unary(method)(request, timeout=10)]
