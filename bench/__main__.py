@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("push", "rounds", "checkpoint", "gradients", "rules", "experiment")
+NAMES = ("push", "rounds", "checkpoint", "gradients", "rules", "distances", "experiment")
 
 
 def main(arguments: list[str]) -> int:

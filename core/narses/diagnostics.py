@@ -140,19 +140,6 @@ def variance_bound(rule: str, n: int, f: int) -> float | None:
     return None
 
 
-def selected_by_value(squared_NN: Tensor, selected: Sequence[int], byzantine: Sequence[int]) -> float:
-    """Of the rows a rule used whole, the share that is some Byzantine worker's vector, whoever sent that copy of it.
-
-    squared_NN: (N, N) squared distances; 0 says that two rows are equal. nan without selected rows.
-    """
-    if not len(selected):
-        return math.nan
-    if not len(byzantine):
-        return 0.0
-    false_M = (squared_NN[list(selected)][:, list(byzantine)] == 0).any(dim=1)
-    return float(false_M.double().mean())
-
-
 def sample_columns(dimension: int) -> list[tuple[int, int]]:
     """(first, end) of RUNS equal runs of columns, SAMPLE in all, spread evenly; everything where there are no more."""
     if dimension <= SAMPLE:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narses import diagnostics, rules
-from narses.diagnostics import SAMPLE, diagnose, sample_columns, selected_by_value, variance_bound
+from narses.diagnostics import SAMPLE, diagnose, sample_columns, variance_bound
 from narses.errors import InputError
 from narses.kernels import jit
 from narses.updates import Updates
@@ -142,15 +142,6 @@ def test_bounds_by_hand() -> None:
     assert variance_bound("brute", 11, 5) == pytest.approx(6 / (math.sqrt(8) * 5))
     assert variance_bound("mean", 11, 5) is None
     assert variance_bound("krum", 12, 5) is None
-
-
-def test_copies_of_a_false_vector_count_by_value() -> None:
-    x_ND = torch.tensor([[1.0], [2.0], [2.0], [3.0], [4.0]])
-    squared_NN = Updates.of(x_ND).squared_distances_NN()
-    assert selected_by_value(squared_NN, [2, 3], [1]) == 0.5, "row 2 is what the liar sent too"
-    assert selected_by_value(squared_NN, [0], [1, 4]) == 0.0
-    assert selected_by_value(squared_NN, [4], []) == 0.0
-    assert math.isnan(selected_by_value(squared_NN, [], [1]))
 
 
 def test_samples_are_summed_the_same_with_and_without_a_kernel() -> None:
