@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ from narses.config import STRICT
 from narses.rules import Aggregation, Context, Property
 from narses.updates import Updates
 from tests.cluster import Cluster, cluster, undisturbed
+from tests.disk import as_a_kill_leaves_it
 
 SETTINGS: dict[str, Any] = {"n": 7, "f": 1, "rounds": 12, "evaluate": 6}
 TASK: dict[str, Any] = {"model": "softmax", "dataset": "digits", "batch": 16, "chunk_bytes": 1024}
@@ -111,24 +111,14 @@ async def test_momentum_follows_a_server_that_resumes(tmp_path: Path, kind: str,
             await c.until_round(round_)
             copies.append(tmp_path / f"copy-{round_}")
             # In this order, as a kill leaves it: momentum is on disk before the server makes the round durable.
-            shutil.copytree(
-                tmp_path / "now" / "out", copies[-1] / "out", ignore_dangling_symlinks=True, copy_function=_copy
-            )
-            shutil.copytree(tmp_path / "now" / "state", copies[-1] / "state", copy_function=_copy)
+            as_a_kill_leaves_it(tmp_path / "now" / "out", copies[-1] / "out")
+            as_a_kill_leaves_it(tmp_path / "now" / "state", copies[-1] / "state")
         assert (await c.summary())["digest"] == expected
 
     for folder in copies:
         async with cluster(daemons=[], output=str(folder / "out"), **settings) as c:
             await _all_join(c, folder / "state")
             assert (await c.summary())["digest"] == expected, folder.name
-
-
-def _copy(source: str, target: str) -> None:
-    """A file that was renamed or removed meanwhile is not there."""
-    try:
-        shutil.copyfile(source, target)
-    except FileNotFoundError:
-        return
 
 
 async def test_a_worker_killed_alone_takes_its_momentum_up_again(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ is started on each copy.
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -32,23 +31,11 @@ from narses_server.evaluate import Evaluation, Evaluator
 from narses_server.state import Extra, State, lineage
 from narses_server.watch import Watch
 from tests.cluster import cluster, experiment, undisturbed
+from tests.disk import as_a_kill_leaves_it
 from tests.raw import SECONDS
 
 SETTINGS: dict[str, Any] = {"n": 4, "f": 1, "rule": "median", "rounds": 40, "evaluate": 10}
 MOMENTUM: dict[str, Any] = {"optimizer": {"learning_rate": 0.1, "momentum": 0.9, "fading": 100.0}}
-
-
-def _copy(folder: Path, to: Path) -> Path:
-    """As a kill leaves it: files that are renamed or pruned meanwhile may be missing."""
-
-    def copy(source: str, target: str) -> None:
-        try:
-            shutil.copyfile(source, target)
-        except FileNotFoundError:
-            return
-
-    shutil.copytree(folder, to, copy_function=copy)
-    return to
 
 
 @pytest.mark.parametrize("every", [1, 7])
@@ -59,7 +46,7 @@ async def test_every_copy_of_the_disk_ends_with_the_same_digest(tmp_path: Path, 
     async with cluster(output=str(tmp_path / "first"), checkpoint={"every": every}, **settings) as c:
         for round_ in (1, 2, 13, 14, 39):
             await c.until_round(round_)
-            copies.append((round_, _copy(tmp_path / "first", tmp_path / f"copy-{round_}")))
+            copies.append((round_, as_a_kill_leaves_it(tmp_path / "first", tmp_path / f"copy-{round_}")))
         assert (await c.summary())["digest"] == expected
 
     for round_, folder in copies:
@@ -121,7 +108,7 @@ async def test_a_rule_with_a_state_goes_on_with_it(tmp_path: Path, every: int) -
         copies = []
         for round_ in (1, 13, 14, 39):
             await c.until_round(round_)
-            copies.append(_copy(tmp_path / "first", tmp_path / f"copy-{round_}"))
+            copies.append(as_a_kill_leaves_it(tmp_path / "first", tmp_path / f"copy-{round_}"))
         assert (await c.summary())["digest"] == expected
 
     for folder in copies:
@@ -211,7 +198,7 @@ async def test_no_evaluation_is_lost(tmp_path: Path) -> None:
     with mock.patch.object(Evaluator, "__call__", hanging):
         async with cluster(output=str(folder), **settings) as c:
             await c.until_round(27)
-            copies = {after: _copy(folder, tmp_path / f"copy-{after}") for after in (19, 20, 21, 26)}
+            copies = {after: as_a_kill_leaves_it(folder, tmp_path / f"copy-{after}") for after in (19, 20, 21, 26)}
             assert len(calls) == 2
             going_on.set()
             expected = await c.summary()
@@ -232,7 +219,7 @@ async def test_no_evaluation_is_lost(tmp_path: Path) -> None:
 async def test_a_round_whose_line_the_kill_forestalled_has_one(tmp_path: Path) -> None:
     async with cluster(output=str(tmp_path), checkpoint={}, **SETTINGS) as c:
         await c.until_round(12)
-        copy = _copy(tmp_path / "run", tmp_path / "copy" / "run")
+        copy = as_a_kill_leaves_it(tmp_path / "run", tmp_path / "copy" / "run")
     newest = Checkpoints(copy / "checkpoints", lineage(c.config.resolved[0]), 3).newest()
     assert newest is not None
     path = copy / "rounds.jsonl"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ from narses.updates import Updates
 from narses_server.trusted import TrustedData
 from tests.adversary.rig import corrupt
 from tests.cluster import cluster, experiment, undisturbed
+from tests.disk import as_a_kill_leaves_it
 
 DATA = datasets.load("digits", None)
 
@@ -192,22 +192,9 @@ async def test_a_killed_server_ends_with_the_digest_of_the_undisturbed_run(tmp_p
     async with cluster(output=str(tmp_path / "first"), **settings) as c:
         for round_ in (9, 22):
             await c.until_round(round_)
-            copies.append(await asyncio.to_thread(_copy, tmp_path / "first", tmp_path / f"copy-{round_}"))
+            copies.append(await asyncio.to_thread(as_a_kill_leaves_it, tmp_path / "first", tmp_path / f"copy-{round_}"))
         assert (await c.summary())["digest"] == expected
 
     for folder in copies:
         async with cluster(output=str(folder), **settings) as c:
             assert (await c.summary())["digest"] == expected, folder.name
-
-
-def _copy(folder: Path, to: Path) -> Path:
-    """As a kill leaves it: files that are renamed or pruned meanwhile may be missing."""
-
-    def copy(source: str, target: str) -> None:
-        try:
-            shutil.copyfile(source, target)
-        except FileNotFoundError:
-            return
-
-    shutil.copytree(folder, to, copy_function=copy)
-    return to
